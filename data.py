@@ -1,0 +1,381 @@
+"""From files to pairs of sweeps: Argoverse 2 readers, ego-motion, ground and true flow.
+
+Points are (N, 3) float32 in metres, in the ego frame of sweep 0 (x forward, y left, z up). Flow is the *residual*
+displacement after ego-motion, from sweep 0 to sweep 1: a parked car has none, however fast we drive past it.
+Row i of a flow belongs to row i of `pc0`. Rows are never dropped or reordered; ground is a mask.
+
+Transforms are named `target_SE3_source` (4 x 4, float64) and read right to left, as in av2-api:
+`ego1_SE3_ego0 = inv(city_SE3_ego1) @ city_SE3_ego0`. City coordinates are some 5,000 m, where float32 has steps of
+half a millimetre, so poses are composed in float64 and only the result, in an ego frame, becomes float32.
+
+Source: Argoverse 2 (Wilson et al., NeurIPS 2021) and the conventions of ZeroFlow (Vedder et al., ICLR 2024).
+This file needs numpy, scipy, pyarrow and torch, and none of its siblings.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow
+import torch
+from pyarrow import feather
+from scipy.spatial.transform import Rotation
+
+# The student's grid as published: |x|, |y| < 51.2 m and |z| < 3 m (the lower border belongs to it, the upper does not).
+GRID_HALF_EXTENT_M = (51.2, 51.2, 3.0)
+GROUND_THRESHOLD_M = 0.40  # ZeroFlow's; the av2 package takes 0.30
+MAX_GAP_S = 0.15  # sweeps come at 10 Hz; a longer gap means that one is missing
+DYNAMIC_THRESHOLD_M = 0.05  # av2's: a point that moves less than 5 cm a sweep is static
+
+# av2's category numbers: 0 is NONE (background), then the thirty names in alphabetical order.
+# The published ZeroFlow code counts from -1 (background) instead.
+CATEGORIES = (
+    "NONE ANIMAL ARTICULATED_BUS BICYCLE BICYCLIST BOLLARD BOX_TRUCK BUS CONSTRUCTION_BARREL CONSTRUCTION_CONE DOG "
+    "LARGE_VEHICLE MESSAGE_BOARD_TRAILER MOBILE_PEDESTRIAN_CROSSING_SIGN MOTORCYCLE MOTORCYCLIST OFFICIAL_SIGNALER "
+    "PEDESTRIAN RAILED_VEHICLE REGULAR_VEHICLE SCHOOL_BUS SIGN STOP_SIGN STROLLER TRAFFIC_LIGHT_TRAILER TRUCK "
+    "TRUCK_CAB VEHICULAR_TRAILER WHEELCHAIR WHEELED_DEVICE WHEELED_RIDER"
+).split()
+
+
+class DataError(ValueError):
+    """A file or folder that cannot be used. The message names it and says what to do."""
+
+
+class PairKey(NamedTuple):
+    """What identifies a pair, wherever it lies on a disk and whatever its place in a list."""
+
+    log_id: str
+    timestamp0_ns: int
+    timestamp1_ns: int
+
+
+@dataclass(frozen=True)
+class SweepPair:
+    """Two consecutive sweeps, both in the ego frame of sweep 0. All tensors are on the CPU.
+
+    pc0 (N0, 3), pc1 (N1, 3) float32 metres; is_ground0 (N0,), is_ground1 (N1,) bool; ego1_SE3_ego0 (4, 4) float64.
+    Where the data set has labels: flow (N0, 3) float32, the true residual flow; category (N0,) uint8, an index into
+    CATEGORIES; is_dynamic (N0,) bool; is_valid (N0,) bool, False where the object is gone in sweep 1.
+    """
+
+    pc0: torch.Tensor
+    pc1: torch.Tensor
+    is_ground0: torch.Tensor
+    is_ground1: torch.Tensor
+    ego1_SE3_ego0: torch.Tensor
+    log_id: str
+    timestamp0_ns: int
+    timestamp1_ns: int
+    flow: torch.Tensor | None = None
+    category: torch.Tensor | None = None
+    is_dynamic: torch.Tensor | None = None
+    is_valid: torch.Tensor | None = None
+
+    @property
+    def key(self) -> PairKey:
+        return PairKey(self.log_id, self.timestamp0_ns, self.timestamp1_ns)
+
+
+def open_dataset(path: str | Path, true_flow: bool = True) -> Argoverse2Pairs:
+    """Open an Argoverse 2 split (a folder of logs) or a single log as a map-style data set of `SweepPair`.
+
+    Reads folder listings only: no sweep, pose or box is read before a pair is asked for.
+    `true_flow=False` leaves the annotations unread, which is all that label-free training needs.
+    Raises DataError where the folder is no data set, saying what would be one.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise DataError(f"{path}: no such folder; give a folder of Argoverse 2 logs, or one log")
+    if _is_log(path):
+        return Argoverse2Pairs([path], true_flow)
+    children = sorted(child for child in path.iterdir() if child.is_dir())
+    logs = [child for child in children if _is_log(child)]
+    if logs:
+        return Argoverse2Pairs(logs, true_flow)
+    splits = [child.name for child in children if any(_is_log(grandchild) for grandchild in child.iterdir())]
+    if splits:
+        raise DataError(f"{path}: holds the splits {', '.join(splits)}; choose one, as in {path / splits[0]}")
+    raise DataError(f"{path}: no Argoverse 2 log in it (a log is a folder with sensors/lidar/<timestamp_ns>.feather)")
+
+
+def _is_log(folder: Path) -> bool:
+    return (folder / "sensors" / "lidar").is_dir()
+
+
+class Argoverse2Pairs(torch.utils.data.Dataset):
+    """All pairs of consecutive sweeps of some Argoverse 2 logs, in the order of log id and time.
+
+    keys: the PairKey of every pair. skipped: a line for every two neighbours that are no pair, with the reason.
+    """
+
+    def __init__(self, logs: list[Path], true_flow: bool = True):
+        self.true_flow = true_flow
+        self.keys: list[PairKey] = []
+        self.skipped: list[str] = []
+        self._folders = {log.resolve().name: log for log in logs}
+        for log_id, log in self._folders.items():
+            stamps = sorted(_sweep_timestamp_ns(file) for file in (log / "sensors" / "lidar").glob("*.feather"))
+            for stamp0, stamp1 in itertools.pairwise(stamps):
+                gap_s = (stamp1 - stamp0) * 1e-9
+                if gap_s <= MAX_GAP_S:
+                    self.keys.append(PairKey(log_id, stamp0, stamp1))
+                else:
+                    self.skipped.append(f"{log}: no pair at {stamp0}: the next sweep is {gap_s:.2f} s later")
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, index: int) -> SweepPair:
+        """Read one pair. Raises DataError naming the file that is missing, empty or broken."""
+        key = self.keys[index]
+        folder = self._folders[key.log_id]
+        log = _read_log(folder, self.true_flow)
+        points0, points1 = (_read_sweep(folder, stamp) for stamp in key[1:])  # each in its own ego frame, float64
+        city_SE3_ego0, city_SE3_ego1 = (log.city_SE3_ego(stamp) for stamp in key[1:])
+        ego1_SE3_ego0 = inverse(city_SE3_ego1) @ city_SE3_ego0
+        truth = {}
+        if log.boxes is not None:
+            boxes0, boxes1 = (log.boxes[stamp] if stamp in log.boxes else [] for stamp in key[1:])
+            truth = dict(zip(_TRUTH_FIELDS, true_residual_flow(points0, boxes0, boxes1, ego1_SE3_ego0), strict=True))
+        return SweepPair(
+            pc0=torch.from_numpy(points0.astype(np.float32)),
+            pc1=torch.from_numpy(transform(inverse(ego1_SE3_ego0), points1).astype(np.float32)),
+            is_ground0=torch.from_numpy(log.ground.is_ground(transform(city_SE3_ego0, points0))),
+            is_ground1=torch.from_numpy(log.ground.is_ground(transform(city_SE3_ego1, points1))),
+            ego1_SE3_ego0=torch.from_numpy(ego1_SE3_ego0),
+            **key._asdict(),
+            **{name: torch.from_numpy(values) for name, values in truth.items()},
+        )
+
+
+_TRUTH_FIELDS = ("flow", "category", "is_dynamic", "is_valid")
+
+
+# --- Ego-motion ------------------------------------------------------------------------------------------------------
+
+
+def transform(target_SE3_source: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Points (N, 3) of the source frame in the target frame, in the dtype of the inputs (float64 wanted)."""
+    return points @ target_SE3_source[:3, :3].T + target_SE3_source[:3, 3]
+
+
+def inverse(target_SE3_source: np.ndarray) -> np.ndarray:
+    """source_SE3_target of a rigid transform (..., 4, 4)."""
+    rotation = np.swapaxes(target_SE3_source[..., :3, :3], -1, -2)
+    return _rigid(rotation, -(rotation @ target_SE3_source[..., :3, 3:])[..., 0])
+
+
+def _rigid(rotation: np.ndarray, translation: np.ndarray) -> np.ndarray:
+    """Rotations (..., 3, 3) and translations (..., 3) as 4 x 4 transforms."""
+    target_SE3_source = np.zeros((*translation.shape[:-1], 4, 4))
+    target_SE3_source[..., :3, :3] = rotation
+    target_SE3_source[..., :3, 3] = translation
+    target_SE3_source[..., 3, 3] = 1.0
+    return target_SE3_source
+
+
+def total_flow(residual: torch.Tensor, pair: SweepPair) -> torch.Tensor:
+    """Raw flow as Argoverse 2 defines it: ego1_SE3_ego0 · (p + r) - p, (N0, 3) float32.
+
+    The end point is *transformed* into the ego frame of sweep 1. Adding the residual to the rigid flow is 8 cm wrong
+    for a car at 15 m/s seen from an ego that turns at 30°/s: the residual must turn too.
+    """
+    assert residual.shape == pair.pc0.shape, f"flow {tuple(residual.shape)} for points {tuple(pair.pc0.shape)}"
+    points = pair.pc0.double()
+    rotation, translation = pair.ego1_SE3_ego0[:3, :3], pair.ego1_SE3_ego0[:3, 3]
+    return ((points + residual.double()) @ rotation.T + translation - points).float()
+
+
+# --- Ground ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GroundRaster:
+    """Height of the ground on a raster of 30 cm. Pixel (column, row) of a city point: s · (R · xy + t)."""
+
+    height: np.ndarray  # (rows, columns) float16, NaN where unknown
+    R: np.ndarray  # (2, 2)
+    t: np.ndarray  # (2,) metres
+    s: float  # pixels per metre
+
+    def is_ground(self, points_city: np.ndarray, threshold_m: float = GROUND_THRESHOLD_M, snap=np.round) -> np.ndarray:
+        """(N,) bool: up to `threshold_m` above the ground, or anywhere below it. Where no height is known: not ground.
+
+        The defaults are ZeroFlow's rule. The av2 package's, which its challenge masks follow, is
+        `threshold_m=0.30, snap=np.trunc`.
+        """
+        column, row = snap(self.s * (points_city[:, :2] @ self.R.T + self.t)).T
+        is_inside = (column >= 0) & (column < self.height.shape[1]) & (row >= 0) & (row < self.height.shape[0])
+        ground_z = np.full(len(points_city), np.nan)
+        ground_z[is_inside] = self.height[row[is_inside].astype(int), column[is_inside].astype(int)]
+        return points_city[:, 2] - ground_z <= threshold_m  # a comparison with NaN is False
+
+
+# --- True flow from tracked boxes ------------------------------------------------------------------------------------
+
+
+class Box(NamedTuple):
+    """A tracked box at one time stamp, in the ego frame of that stamp."""
+
+    track: str
+    category: int  # index into CATEGORIES
+    size: np.ndarray  # (3,) length, width, height in metres
+    ego_SE3_box: np.ndarray  # (4, 4)
+
+
+def true_residual_flow(
+    points: np.ndarray, boxes0: list[Box], boxes1: list[Box], ego1_SE3_ego0: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Flow that the tracked boxes imply, as av2's own tools make it, but residual.
+
+    points (N, 3) float64 in the ego frame of sweep 0; boxes in file order (later boxes overwrite earlier ones).
+    Returns flow (N, 3) float32, category (N,) uint8, is_dynamic (N,) bool, is_valid (N,) bool.
+    What is in no box is background and moves as the ego says, so its residual is exactly zero.
+    """
+    flow = np.zeros((len(points), 3))
+    category = np.zeros(len(points), dtype=np.uint8)
+    is_valid = np.ones(len(points), dtype=bool)
+    ego1_SE3_track = {box.track: box.ego_SE3_box for box in boxes1}
+    by_x = np.argsort(points[:, 0], kind="stable")  # a box then looks at a slice of the sweep, not at all of it
+    sorted_x = points[by_x, 0]
+    for box in boxes0:
+        # Length and width grow by 0.2 m in total, as in av2: points on the skin of a car belong to the car.
+        half = (box.size + (0.2, 0.2, 0.0)) / 2
+        reach, center_x = np.linalg.norm(half), box.ego_SE3_box[0, 3]
+        near = by_x[slice(*np.searchsorted(sorted_x, (center_x - reach, center_x + reach)))]
+        rows = near[(np.abs(transform(inverse(box.ego_SE3_box), points[near])) <= half).all(axis=1)]
+        category[rows] = box.category
+        is_valid[rows] = box.track in ego1_SE3_track
+        flow[rows] = 0.0
+        if box.track in ego1_SE3_track:
+            # Where the box carries the point, seen from sweep 0: ego0_SE3_ego1 · T1 · inv(T0) · p.
+            ego0_moved_SE3_ego0 = inverse(ego1_SE3_ego0) @ ego1_SE3_track[box.track] @ inverse(box.ego_SE3_box)
+            flow[rows] = transform(ego0_moved_SE3_ego0, points[rows]) - points[rows]
+    is_dynamic = np.linalg.norm(flow, axis=1) >= DYNAMIC_THRESHOLD_M
+    return flow.astype(np.float32), category, is_dynamic, is_valid
+
+
+# --- Reading a log ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Log:
+    """What belongs to a whole log: poses, ground, and boxes by time stamp where it is annotated and they are wanted."""
+
+    pose_file: Path
+    poses: dict[int, np.ndarray]  # time stamp: quaternion (w, x, y, z) and translation
+    ground: GroundRaster
+    boxes: dict[int, list[Box]] | None
+
+    def city_SE3_ego(self, timestamp_ns: int) -> np.ndarray:
+        if timestamp_ns not in self.poses:
+            raise DataError(
+                f"{self.pose_file}: no pose for sweep {timestamp_ns}; download the file again or remove the sweep"
+            )
+        return _poses(self.poses[timestamp_ns])
+
+
+@functools.lru_cache(maxsize=8)  # consecutive pairs share their log
+def _read_log(folder: Path, true_flow: bool) -> _Log:
+    pose_file = folder / "city_SE3_egovehicle.feather"
+    poses = read_feather(pose_file, ["timestamp_ns", *POSE_COLUMNS])
+    values = np.stack([poses[name] for name in POSE_COLUMNS], axis=1)
+    annotation_file = folder / "annotations.feather"  # the test split has none
+    return _Log(
+        pose_file=pose_file,
+        poses=dict(zip(poses["timestamp_ns"].tolist(), values, strict=True)),
+        ground=_read_ground_raster(folder / "map"),
+        boxes=_read_boxes(annotation_file) if true_flow and annotation_file.exists() else None,
+    )
+
+
+POSE_COLUMNS = ("qw", "qx", "qy", "qz", "tx_m", "ty_m", "tz_m")
+
+
+def _poses(values: np.ndarray) -> np.ndarray:
+    """Rows of (qw, qx, qy, qz, tx, ty, tz), (..., 7), as transforms (..., 4, 4)."""
+    return _rigid(Rotation.from_quat(values[..., :4], scalar_first=True).as_matrix(), values[..., 4:])
+
+
+def _read_sweep(folder: Path, timestamp_ns: int) -> np.ndarray:
+    """(N, 3) float64 in the sweep's own ego frame; the files hold float16."""
+    file = folder / "sensors" / "lidar" / f"{timestamp_ns}.feather"
+    columns = read_feather(file, ["x", "y", "z"])
+    points = np.stack([columns[name].astype(np.float64) for name in "xyz"], axis=1)
+    if len(points) == 0:
+        raise DataError(f"{file}: the sweep has no points; download it again or remove it")
+    return points
+
+
+def _sweep_timestamp_ns(file: Path) -> int:
+    try:
+        return int(file.stem)
+    except ValueError:
+        raise DataError(f"{file}: a sweep is named <timestamp_ns>.feather; remove or rename this file") from None
+
+
+def _read_ground_raster(folder: Path) -> GroundRaster:
+    files = [*folder.glob("*_ground_height_surface____*.npy"), *folder.glob("*___img_Sim2_city.json")]
+    if len(files) != 2:
+        raise DataError(
+            f"{folder}: a log's map needs one *_ground_height_surface____*.npy and one *___img_Sim2_city.json, "
+            f"found {[file.name for file in files]}; download the map folder of the Sensor data set"
+        )
+    try:
+        height = np.load(files[0], allow_pickle=False)
+        img_Sim2_city = json.loads(files[1].read_text())
+        rotation, translation = np.reshape(img_Sim2_city["R"], (2, 2)), np.reshape(img_Sim2_city["t"], 2)
+        return GroundRaster(height, rotation, translation, float(img_Sim2_city["s"]))
+    except (ValueError, KeyError, EOFError) as error:
+        raise DataError(
+            f"{folder}: the ground raster cannot be read ({error}); download the map folder again"
+        ) from error
+
+
+def _read_boxes(file: Path) -> dict[int, list[Box]]:
+    """All boxes of a log by time stamp, in file order.
+
+    Boxes without a point in them (num_interior_pts, 17 % of the rows) are dropped, at either end of a pair. No
+    document says so, but with it the labels of av2's own tools come out to the last point, and without it they do not.
+    """
+    size_columns = ("length_m", "width_m", "height_m")
+    table = read_feather(
+        file, ["timestamp_ns", "track_uuid", "category", "num_interior_pts", *size_columns, *POSE_COLUMNS]
+    )
+    number = {name: index for index, name in enumerate(CATEGORIES)}
+    unknown = sorted(set(table["category"]) - set(number))
+    if unknown:
+        raise DataError(f"{file}: unknown categories {unknown}; Argoverse 2 has {CATEGORIES[1:]}")
+    sizes = np.stack([table[name] for name in size_columns], axis=1)
+    ego_SE3_boxes = _poses(np.stack([table[name] for name in POSE_COLUMNS], axis=1))
+    boxes: dict[int, list[Box]] = {stamp: [] for stamp in np.unique(table["timestamp_ns"]).tolist()}
+    for i in np.flatnonzero(table["num_interior_pts"] >= 1):
+        box = Box(table["track_uuid"][i], number[table["category"][i]], sizes[i], ego_SE3_boxes[i])
+        boxes[int(table["timestamp_ns"][i])].append(box)
+    return boxes
+
+
+def read_feather(file: Path, columns: list[str]) -> dict[str, np.ndarray]:
+    """The named columns of a Feather file as numpy arrays. Raises DataError naming the file and the way out."""
+    if not file.exists():
+        raise DataError(f"{file}: no such file; download the log again or remove it")
+    try:
+        table = feather.read_table(file, memory_map=False)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{file}: not a whole Feather file ({error}); download or make it again") from error
+    missing = sorted(set(columns) - set(table.column_names))
+    if missing:
+        raise DataError(f"{file}: has no columns {missing} (it has {table.column_names}); is it the right file?")
+    return {name: table[name].to_numpy() for name in columns}
+
+
+def is_in_grid(points: torch.Tensor, half_extent_m: tuple[float, float, float] = GRID_HALF_EXTENT_M) -> torch.Tensor:
+    """(N,) bool: which points (N, 3) lie in [-half, half) in x, y and z. NaN lies nowhere."""
+    half = points.new_tensor(half_extent_m)
+    return ((points >= -half) & (points < half)).all(dim=1)

@@ -1,0 +1,33 @@
+"""The house rules: each leaf works alone, and the README keeps its promises about names."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+ALONE = {
+    "data.py": "import data, torch; assert data.is_in_grid(torch.zeros(2, 3)).all()",
+    "nsfp.py": (
+        "import dataclasses, nsfp, torch; pc = torch.rand(50, 3); "
+        "quick = dataclasses.replace(nsfp.TEACHERS['fast'], iterations=2); "
+        "assert nsfp.estimate_flow(pc, pc + 0.1, quick).shape == (50, 3)"
+    ),
+    "fastflow3d.py": (
+        "import fastflow3d, torch; model = fastflow3d.FastFlow3D(fastflow3d.MODELS['narrow']).eval(); "
+        "assert model([torch.rand(50, 3)], [torch.rand(50, 3)])[0][0].shape == (50, 3)"
+    ),
+}
+
+
+@pytest.mark.parametrize("module", ALONE)
+def test_a_leaf_copied_alone_into_an_empty_folder_works(module, tmp_path):
+    shutil.copy(ROOT / module, tmp_path)
+    command = [sys.executable, "-W", "error", "-c", ALONE[module]]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={"PATH": "", "HOME": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

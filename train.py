@@ -1,0 +1,244 @@
+"""The trainer: a student (fastflow3d.py) learns from a teacher's pseudo-labels. One process, one GPU or a CPU.
+
+    python train.py                                              the whole method on a synthetic street, in minutes
+    python train.py --data ROOT --labels DIR --val ROOT --model normal ...                  on real, labelled logs
+
+Without --data it makes the street, lets the teacher label it (both are kept in the user's cache folder), trains a small
+student and compares all on logs that neither has seen. Every field of `TrainSettings` is an option --name value.
+
+Where the street's recipe departs from the paper (Adam at 2e-6 for 50 epochs of 64 pairs a step, no clipping): see the
+settings' comments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+import data
+import fastflow3d
+import nsfp
+import synthetic
+import zeroflow
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """One flat list. The defaults train on the street, in minutes on two cores."""
+
+    # What to learn from. Without `data`, the street.
+    data: str = ""  # a split or a log
+    labels: str = ""  # its labels, as `python zeroflow.py label` writes them
+    val: str = ""  # a split or a log with annotations, to evaluate on at the end
+    out: str = "student.pt"  # the trained student
+    picture: str = ""  # a PNG or PDF file for a bird's-eye view of a pair that the student has not seen
+
+    # The student and how it learns.
+    model: str = "narrow"  # narrow, normal or xl: see fastflow3d.MODELS
+    steps: int = 3000
+    pairs_per_step: int = 1  # the paper: 64
+    learning_rate: float = 2e-3  # of Adam, after a short warm-up, then cosine to 0. The paper: constant 2e-6
+    formula_share: float = 0.5  # the first steps weigh points by the paper's formula, the rest all alike
+    clip_norm: float = 0.5  # of the gradient; without it, runs this short often stay at zero flow. The paper: none
+    seed: int = 0
+    device: str = ""  # cpu or cuda; empty: cuda where there is one
+    loader_workers: int = 0  # processes that read pairs ahead; worth it on real logs
+
+    # The street, where `data` is empty.
+    train_logs: int = 40
+    test_logs: int = 8
+
+
+STREET = synthetic.PRESETS["small"]
+STREET_TEACHER = dataclasses.replace(nsfp.TEACHERS["fast"], batch_points=1024, iterations=150)
+TRAIN_SEED, TEST_SEED = 0, 1  # of the street's logs
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description="Train a student on pseudo-labels; without --data, do all of ZeroFlow on a synthetic street.",
+        epilog="example: python train.py --data av2/train --labels labels --val av2/val --model normal",
+    )
+    zeroflow.add_settings(parser, TrainSettings)
+    settings = zeroflow.chosen_settings(parser.parse_args(argv), TrainSettings())
+    try:
+        run(settings)
+    except (data.DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def run(settings: TrainSettings) -> dict[str, dict[str, float]]:
+    """Train, save, evaluate, print. Returns the rows of the printed table."""
+    check_settings(settings)
+    settings = dataclasses.replace(settings, device=settings.device or zeroflow.default_device())
+    print(f"settings: {settings}")
+    if settings.data:
+        train_set, labels = data.open_dataset(settings.data, true_flow=False), Path(settings.labels)
+        test_set, test_labels = (data.open_dataset(settings.val) if settings.val else None), None
+        samples = LabelledPairs(train_set, labels)
+    else:
+        train_set, test_set, labels = prepare_street(settings)
+        test_labels = labels
+        samples = list(LabelledPairs(train_set, labels))  # small enough to stay in memory
+    model = train(samples, settings)
+    with zeroflow.atomic_file(Path(settings.out)) as file:
+        torch.save({**fastflow3d.checkpoint_of(model), "train_settings": dataclasses.asdict(settings)}, file)
+    print(f"wrote {settings.out}")
+    if test_set is None:
+        return {}
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # every row of the table on one thread, so that times can be compared
+    estimators = {
+        "no motion": zeroflow.timed(zeroflow.no_motion),
+        "nearest": zeroflow.timed(zeroflow.nearest_neighbour),
+    }
+    if test_labels is not None:
+        estimators["teacher"] = zeroflow.from_labels(test_labels)
+    estimators["student"] = zeroflow.from_student(model)
+    rows = {name: zeroflow.evaluate(test_set, estimator) for name, estimator in estimators.items()}
+    torch.set_num_threads(threads)
+    where = f"{len(test_set)} pairs of {settings.val or 'the street'}, unseen"
+    print(f"\n{where}; errors in metres, {settings.device}, one thread")
+    print(zeroflow.table(rows))
+    if "teacher" in rows:
+        ratio = rows["teacher"]["seconds_per_pair"] / rows["student"]["seconds_per_pair"]
+        print(f"the student is {ratio:.0f} times faster than its teacher")
+    if settings.picture:
+        draw(settings.picture, test_set, estimators)
+    return rows
+
+
+def check_settings(settings: TrainSettings) -> None:
+    """Raise DataError for settings that cannot work, before any time is spent."""
+    if settings.model not in fastflow3d.MODELS:
+        raise data.DataError(f"--model {settings.model!r}: choose one of {', '.join(fastflow3d.MODELS)}")
+    if bool(settings.data) != bool(settings.labels):
+        raise data.DataError(
+            "--data and --labels go together: the logs, and the folder `zeroflow.py label` wrote for them"
+        )
+    if settings.val and not settings.data:
+        raise data.DataError("--val needs --data and --labels; without them the street is trained and tested on")
+
+
+# --- The street ------------------------------------------------------------------------------------------------------
+
+
+def prepare_street(settings: TrainSettings) -> tuple[data.Argoverse2Pairs, data.Argoverse2Pairs, Path]:
+    """Training pairs, test pairs and the folder of labels of both; made where the cache folder lacks them."""
+    # The cache is as good as the code that filled it: a change of either file gives a new folder.
+    what = [Path(module.__file__).read_text() for module in (synthetic, nsfp)]
+    what += [repr(STREET), repr(STREET_TEACHER), str(settings.train_logs), str(settings.test_logs)]
+    name = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zeroflow" / f"street-{name}"
+    print(f"street and labels: {folder}")
+    labels, splits = folder / "labels", {}
+    for split, seed, logs in (("train", TRAIN_SEED, settings.train_logs), ("test", TEST_SEED, settings.test_logs)):
+        synthetic.write_logs(folder / split, logs, dataclasses.replace(STREET, seed=seed))
+        splits[split] = data.open_dataset(folder / split)
+        count = zeroflow.label_dataset(splits[split], labels, STREET_TEACHER)
+        if count.failed:
+            raise data.DataError(
+                f"{folder}: cannot be labelled ({count.failed[0][1]}); delete the folder and run again"
+            )
+    return splits["train"], splits["test"], labels
+
+
+# --- Training --------------------------------------------------------------------------------------------------------
+
+
+class LabelledPairs(Dataset):
+    """What the student learns from: (pc0, pc1, label, has_flow) of a pair, ground removed.
+
+    pc0 (N0, 3), pc1 (N1, 3), label (N0, 3) float32; has_flow (N0,) bool, the rows that count in the loss.
+    """
+
+    def __init__(self, dataset: data.Argoverse2Pairs, labels: str | Path):
+        self.dataset, self.labels = dataset, labels
+        missing = [key for key in dataset.keys if not zeroflow.label_path(labels, key).exists()]
+        if missing:
+            first = zeroflow.label_path(labels, missing[0])
+            raise data.DataError(
+                f"{len(missing)} of {len(dataset)} labels are missing, {first} first; run `zeroflow.py label`"
+            )
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, ...]:
+        pair = self.dataset[index]
+        label = zeroflow.read_label(self.labels, pair.key, len(pair.pc0))
+        keep = ~pair.is_ground0
+        return pair.pc0[keep], pair.pc1[~pair.is_ground1], label.flow[keep], label.has_flow[keep]
+
+
+def train(samples, settings: TrainSettings) -> fastflow3d.FastFlow3D:
+    """Fit a new student to samples, a sequence of (pc0, pc1, label, has_flow). Same seed and machine, same student."""
+    torch.manual_seed(settings.seed)
+    model = fastflow3d.FastFlow3D(fastflow3d.MODELS[settings.model]).to(settings.device).train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=settings.learning_rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, settings.learning_rate, total_steps=settings.steps, pct_start=0.05, cycle_momentum=False
+    )
+    mean_loss = None
+    progress = tqdm(batches(samples, settings), total=settings.steps, desc="student", unit="step")
+    for step, (pc0s, pc1s, labels, has_flow) in enumerate(progress):
+        flows, is_in_grid = model(pc0s, pc1s)
+        masks = [known & inside for known, inside in zip(has_flow, is_in_grid, strict=True)]
+        weight = "formula" if step < settings.formula_share * settings.steps else "none"
+        loss = zeroflow.distillation_loss(flows, labels, masks, weight) / len(flows)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
+        optimizer.step()
+        schedule.step()
+        if step % 50 == 0:  # .item() waits for the device: not every step
+            mean_loss = loss.item() if mean_loss is None else 0.8 * mean_loss + 0.2 * loss.item()
+            progress.set_postfix(loss=f"{mean_loss:.4f}", weight=weight)
+    return model
+
+
+def batches(samples, settings: TrainSettings) -> Iterator[list[list[torch.Tensor]]]:
+    """`steps` batches on the device, each as four lists: pc0s, pc1s, labels, has_flow. Shuffled anew each epoch."""
+    loader = DataLoader(
+        samples,
+        batch_size=settings.pairs_per_step,
+        shuffle=True,
+        num_workers=settings.loader_workers,
+        collate_fn=lambda rows: [list(column) for column in zip(*rows, strict=True)],
+        generator=torch.Generator().manual_seed(settings.seed),
+    )
+    step = 0
+    while step < settings.steps:
+        for batch in loader:
+            yield [[tensor.to(settings.device) for tensor in column] for column in batch]
+            step += 1
+            if step == settings.steps:
+                return
+
+
+def draw(file: str, dataset: data.Argoverse2Pairs, estimators: dict[str, zeroflow.Estimator]) -> None:
+    """A picture of the first pair: both sweeps, the truth, and what teacher and student make of it."""
+    import viz  # matplotlib is loaded only when a picture is asked for
+
+    pair = dataset[0]
+    flows = {name: estimators[name](pair)[0] for name in ("teacher", "student") if name in estimators}
+    viz.flow_figure(pair, {"truth": pair.flow, **flows}).savefig(file, dpi=80)
+    print(f"wrote {file}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

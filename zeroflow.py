@@ -1,0 +1,609 @@
+"""ZeroFlow: scene flow by distillation (Vedder et al., ICLR 2024, arXiv 2305.10424). The method and its command line.
+
+A slow label-free teacher (nsfp.py) labels pairs of sweeps (data.py); a fast student (fastflow3d.py) learns from these
+pseudo-labels (train.py). Here is what joins them, in the order in which the data flows:
+  the label store      one file a pair, found by log and time stamps, never by position
+  the loss             `speed_weight` and `distillation_loss`
+  the metrics          two of the field's three-way EPEs, by name
+  the evaluation       of a student, a teacher, labels or a baseline
+  the commands         `python zeroflow.py --help`
+
+Points are (N, 3) float32 in metres, in the ego frame of sweep 0; flow is the residual displacement after ego-motion,
+from sweep 0 to sweep 1; row i of a flow belongs to row i of `pc0`, ground included. A row that nobody estimated has
+residual 0: it moves as the ego says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import torch
+from pyarrow import feather
+from tqdm import tqdm
+
+import data
+import fastflow3d
+import nsfp
+import synthetic
+from data import DataError, PairKey, SweepPair
+
+# --- The label store -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Label:
+    """A teacher's flow for one pair, as it lies on disk.
+
+    flow (N0, 3) float32 metres, residual, 0 where there is none; has_flow (N0,) bool: not ground and in the grid.
+    chamfer_sq: truncated Chamfer distance (m², both ways) of the moved points to sweep 1, comparable between teachers.
+    """
+
+    key: PairKey
+    flow: torch.Tensor
+    has_flow: torch.Tensor
+    settings: dict
+    chamfer_sq: float
+    seconds: float
+
+
+_FLOW_COLUMNS = ("flow_tx_m", "flow_ty_m", "flow_tz_m")
+
+
+def make_label(pair: SweepPair, settings: nsfp.NSFPSettings, device: str = "cpu") -> Label:
+    """Run the teacher on the points of the pair that are not ground and lie in the student's grid."""
+    start = time.perf_counter()
+    has_flow, is_target = input_masks(pair)
+    pc0, pc1 = pair.pc0[has_flow].to(device), pair.pc1[is_target].to(device)
+    estimate = nsfp.estimate_flow(pc0, pc1, settings)
+    is_empty = len(pc0) == 0 or len(pc1) == 0
+    chamfer_sq = 0.0 if is_empty else nsfp.truncated_chamfer(pc0 + estimate, pc1, settings.truncation_sq).item()
+    flow = torch.zeros_like(pair.pc0)
+    flow[has_flow] = estimate.cpu()
+    seconds = time.perf_counter() - start
+    return Label(pair.key, flow, has_flow, dataclasses.asdict(settings), chamfer_sq, seconds)
+
+
+def input_masks(pair: SweepPair) -> tuple[torch.Tensor, torch.Tensor]:
+    """Masks (N0,), (N1,) of what teacher and student see: not ground, and in the student's grid."""
+    return ~pair.is_ground0 & data.is_in_grid(pair.pc0), ~pair.is_ground1 & data.is_in_grid(pair.pc1)
+
+
+def label_path(labels: str | Path, key: PairKey) -> Path:
+    return Path(labels) / key.log_id / f"{key.timestamp0_ns}.feather"
+
+
+def write_label(labels: str | Path, label: Label) -> Path:
+    """Write <labels>/<log_id>/<timestamp0_ns>.feather, whole or not at all. Flow is float16: 0.5 mm steps under 2 m."""
+    columns = {name: label.flow[:, i].numpy().astype(np.float16) for i, name in enumerate(_FLOW_COLUMNS)}
+    about = {
+        **label.key._asdict(),
+        "num_points": len(label.flow),
+        "settings": label.settings,
+        "settings_hash": settings_hash(label.settings),
+        "chamfer_sq": label.chamfer_sq,
+        "seconds": label.seconds,
+    }
+    table = pyarrow.table({**columns, "has_flow": label.has_flow.numpy()}).replace_schema_metadata(
+        {"zeroflow": json.dumps(about)}
+    )
+    path = label_path(labels, label.key)
+    with atomic_file(path) as file:
+        feather.write_feather(table, file, compression="zstd")
+    return path
+
+
+def read_label(labels: str | Path, key: PairKey, num_points: int | None = None) -> Label:
+    """Read the label of a pair and check that it is whole and this pair's.
+
+    num_points: rows of sweep 0, where known. Raises DataError naming the file and the way out.
+    """
+    path = label_path(labels, key)
+    if not path.exists():
+        raise DataError(f"{path}: no label for this pair; make it with `python zeroflow.py label`")
+    remedy = "delete the file and run `python zeroflow.py label` again"
+    columns = data.read_feather(path, [*_FLOW_COLUMNS, "has_flow"])
+    try:
+        about = json.loads(feather.read_table(path, columns=[]).schema.metadata[b"zeroflow"])
+        found = PairKey(about["log_id"], about["timestamp0_ns"], about["timestamp1_ns"])
+        is_whole = settings_hash(about["settings"]) == about["settings_hash"]
+        is_whole &= about["num_points"] == len(columns["has_flow"])
+        chamfer_sq, seconds = about["chamfer_sq"], about["seconds"]
+    except (TypeError, KeyError, ValueError) as error:
+        raise DataError(f"{path}: not a label of this project ({error!r}); {remedy}") from error
+    if not is_whole:
+        raise DataError(f"{path}: its rows or settings are not those it was written with; {remedy}")
+    if found != key:
+        raise DataError(f"{path}: is the label of {tuple(found)}, not of {tuple(key)}; {remedy}")
+    if num_points is not None and num_points != len(columns["has_flow"]):
+        raise DataError(f"{path}: has {len(columns['has_flow'])} rows, its sweep has {num_points} points; {remedy}")
+    flow = torch.from_numpy(np.stack([columns[name] for name in _FLOW_COLUMNS], axis=1).astype(np.float32))
+    return Label(key, flow, torch.from_numpy(columns["has_flow"]), about["settings"], chamfer_sq, seconds)
+
+
+def settings_hash(settings: dict) -> str:
+    """Sixteen hexadecimal digits that differ where the settings do."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator:
+    """A binary file that appears under its name only when it is whole and on disk; an old one stays until then."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False) as file:
+        try:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            os.chmod(file.name, 0o666 & ~_umask())  # a temporary file is private, a label is not
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+# --- Labelling many pairs --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LabelCount:
+    """What a run of `label_dataset` did: labels made, labels found whole, and (pair, reason) of those that failed."""
+
+    made: int
+    found: int
+    failed: list[tuple[PairKey, str]]
+
+
+def label_dataset(
+    dataset: data.Argoverse2Pairs,
+    labels: str | Path,
+    settings: nsfp.NSFPSettings,
+    workers: int = 0,
+    device: str = "cpu",
+) -> LabelCount:
+    """Make the labels that are missing or torn. One process and one thread a pair; workers 0 means one a core.
+
+    A pair that cannot be read is passed over and reported. Raises DataError if the folder holds other settings' labels.
+    """
+    wanted = settings_hash(dataclasses.asdict(settings))
+    missing = [i for i, key in enumerate(dataset.keys) if not _has_label(labels, key, wanted)]
+    workers = min(workers or os.cpu_count(), len(missing)) if device == "cpu" else 1
+    failed = []
+    with _pair_pool(dataset, labels, settings, device, workers) as run:
+        progress = tqdm(run(missing), total=len(missing), desc="teacher", unit="pair", disable=not missing)
+        for index, error in zip(missing, progress, strict=True):
+            if error is not None:
+                failed.append((dataset.keys[index], error))
+    return LabelCount(len(missing) - len(failed), len(dataset) - len(missing), failed)
+
+
+def _has_label(labels: str | Path, key: PairKey, wanted: str) -> bool:
+    """A label is there if it validates, not if a file of its name exists."""
+    if not label_path(labels, key).exists():
+        return False
+    try:
+        found = settings_hash(read_label(labels, key).settings)
+    except DataError:
+        return False
+    if found != wanted:
+        raise DataError(f"{labels}: holds labels of other settings ({found}, wanted {wanted}); choose another folder")
+    return True
+
+
+@contextlib.contextmanager
+def _pair_pool(dataset, labels, settings, device: str, workers: int) -> Iterator[Callable]:
+    """Something that maps indices of pairs to errors (None where the label was written), in this or other processes."""
+    state = (dataset, labels, settings, device)
+    if workers <= 1:
+        threads = torch.get_num_threads()
+        _start_worker(*state)
+        yield lambda indices: map(_label_one, indices)
+        torch.set_num_threads(threads)
+    else:
+        # "spawn", since a forked copy of a process whose torch has run threads may hang.
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=state) as pool:
+            yield lambda indices: pool.map(_label_one, indices)
+
+
+def _start_worker(*state) -> None:
+    global _worker_state
+    _worker_state = state
+    torch.set_num_threads(1)  # two threads on matrices this small are ten times slower than one
+
+
+def _label_one(index: int) -> str | None:
+    dataset, labels, settings, device = _worker_state
+    try:
+        write_label(labels, make_label(dataset[index], settings, device))
+    except DataError as error:
+        return str(error)
+    return None
+
+
+# --- The loss --------------------------------------------------------------------------------------------------------
+
+SWEEPS_PER_S = 10.0  # the nominal rate: speeds are 10 · displacement, whatever the pair's own time difference
+
+
+def speed_weight(speed_mps: torch.Tensor, kind: str = "formula") -> torch.Tensor:
+    """Weight of a point by the speed (m/s) of its label, of the shape of `speed_mps`.
+
+    "formula": the paper's max(0.1, min(1, 1.8 s - 0.8)): 0.1 below 0.5 m/s, 1 above 1 m/s.
+    "published": what the published code computes, min and max swapped: 0.1 at every speed. The published runs are
+    therefore close to unweighted ones, since Adam hardly minds a constant factor.
+    "none": 1.
+    """
+    if kind == "formula":
+        return (1.8 * speed_mps - 0.8).clamp(0.1, 1.0)
+    if kind == "published":
+        return torch.full_like(speed_mps, 0.1)
+    if kind == "none":
+        return torch.ones_like(speed_mps)
+    raise ValueError(f"speed weight {kind!r}: choose formula, published or none")
+
+
+def distillation_loss(
+    estimates: Sequence[torch.Tensor],
+    labels: Sequence[torch.Tensor],
+    masks: Sequence[torch.Tensor],
+    weight: str = "formula",
+) -> torch.Tensor:
+    """The paper's loss for lists of estimates (N, 3), labels (N, 3) and masks (N,) bool of the rows that count.
+
+    Per sample sum(w · |estimate - label|) / N over the N rows of the mask, summed over the batch. Note: divided by N,
+    not by the sum of the weights. A sample without rows adds 0.
+    """
+    total = estimates[0].new_zeros(())
+    for estimate, label, mask in zip(estimates, labels, masks, strict=True):
+        error = (estimate[mask] - label[mask]).norm(dim=1)  # (N,) metres
+        weights = speed_weight(SWEEPS_PER_S * label[mask].norm(dim=1), weight)
+        total = total + (weights * error).sum() / max(1, len(error))
+    return total
+
+
+# --- The metrics -----------------------------------------------------------------------------------------------------
+# "Three-way EPE" means different things in the field: always the mean of three groups' mean end-point errors, so that
+# the many points that stand still do not drown the few that move, but over different points and groups.
+
+FD, FS, BS, NOT_COUNTED = 0, 1, 2, -1  # foreground dynamic, foreground static, background static
+
+_PEDESTRIANS = "PEDESTRIAN STROLLER WHEELCHAIR OFFICIAL_SIGNALER".split()
+_SMALL_VEHICLES = "BICYCLE BICYCLIST MOTORCYCLE MOTORCYCLIST WHEELED_DEVICE WHEELED_RIDER".split()
+_LARGE_VEHICLES = (
+    "ARTICULATED_BUS BOX_TRUCK BUS LARGE_VEHICLE RAILED_VEHICLE REGULAR_VEHICLE SCHOOL_BUS TRUCK TRUCK_CAB "
+    "VEHICULAR_TRAILER TRAFFIC_LIGHT_TRAILER MESSAGE_BOARD_TRAILER"
+).split()
+_PAPER_MOVERS = torch.tensor([name in _PEDESTRIANS + _SMALL_VEHICLES + _LARGE_VEHICLES for name in data.CATEGORIES])
+_PAPER_NO_GROUP = torch.tensor([name in ("ANIMAL", "DOG") for name in data.CATEGORIES])
+
+
+def grid_groups(pair: SweepPair) -> torch.Tensor:
+    """(N0,) int64, the project's own yardstick: every point that is not ground and in the student's grid.
+
+    Foreground is every labelled category, dynamic is av2's label (the residual is 5 cm or more).
+    """
+    is_foreground = pair.category > 0
+    groups = torch.where(is_foreground, torch.where(pair.is_dynamic, FD, FS), BS)
+    return torch.where(input_masks(pair)[0], groups, NOT_COUNTED)
+
+
+def paper_groups(pair: SweepPair) -> torch.Tensor:
+    """(N0,) int64, as ZeroFlow's published code: not ground, in the grid, |x| and |y| at most 35 m.
+
+    Movers are pedestrians and vehicles, split at 0.5 m/s; signs, cones and bollards count as background; animals are in
+    no group. Points whose object is gone in sweep 1 (is_valid False) are *not* excluded.
+    """
+    category = pair.category.long()
+    is_fast = SWEEPS_PER_S * pair.flow.norm(dim=1) >= 0.5
+    groups = torch.where(_PAPER_MOVERS[category], torch.where(is_fast, FD, FS), BS)
+    is_near = (pair.pc0[:, :2].abs() <= 35).all(dim=1)
+    is_counted = input_masks(pair)[0] & is_near & ~_PAPER_NO_GROUP[category]
+    return torch.where(is_counted, groups, NOT_COUNTED)
+
+
+class ThreeWayEPE:
+    """End-point error (metres) by group, summed exactly over any number of sweeps."""
+
+    def __init__(self) -> None:
+        self.sums = torch.zeros(3, dtype=torch.float64)
+        self.counts = torch.zeros(3, dtype=torch.float64)
+
+    def add(self, error: torch.Tensor, groups: torch.Tensor) -> None:
+        """error (N,) metres; groups (N,) FD, FS, BS or NOT_COUNTED."""
+        is_counted = groups != NOT_COUNTED
+        self.sums += torch.bincount(groups[is_counted], error[is_counted].double(), minlength=3)
+        self.counts += torch.bincount(groups[is_counted], minlength=3)
+
+    @property
+    def epe(self) -> float:
+        """Mean over all points, whatever their group; NaN without points."""
+        return (self.sums.sum() / self.counts.sum()).item()
+
+    @property
+    def parts(self) -> tuple[float, float, float]:
+        """Mean errors of FD, FS, BS; NaN for a group without points, never 0."""
+        return tuple((self.sums / self.counts).tolist())
+
+    @property
+    def three_way(self) -> float:
+        """Mean over the groups that have points."""
+        return (self.sums / self.counts).nanmean().item()
+
+
+# --- The evaluation --------------------------------------------------------------------------------------------------
+
+Estimator = Callable[[SweepPair], tuple[torch.Tensor, float]]  # pair -> residual flow (N0, 3) on the CPU, seconds
+
+
+def evaluate(dataset: Sequence[SweepPair], estimator: Estimator) -> dict[str, float]:
+    """Every metric over a data set with true flow, as a flat dictionary; metres and seconds.
+
+    grid_epe, grid_three_way (and its parts _fd, _fs, _bs) pool all points; grid_three_way_pair_mean is the mean over
+    pairs of each pair's own, where a sweep with one big car near by counts no more than another. paper_three_way (with
+    parts) is the published definition. seconds_per_pair is the median. Raises DataError where a pair has no true flow.
+    """
+    grid, paper = ThreeWayEPE(), ThreeWayEPE()
+    pair_three_ways, seconds = [], []
+    for pair in tqdm(dataset, desc="evaluate", unit="pair", disable=len(dataset) < 2):
+        if pair.flow is None:
+            raise DataError(f"{pair.key}: no true flow to compare with; evaluate a split that has annotations.feather")
+        flow, pair_seconds = estimator(pair)
+        error = (flow - pair.flow).norm(dim=1)
+        alone = ThreeWayEPE()
+        for metric, groups in ((grid, grid_groups), (paper, paper_groups), (alone, grid_groups)):
+            metric.add(error, groups(pair))
+        pair_three_ways.append(alone.three_way)
+        seconds.append(pair_seconds)
+    result = {"pairs": len(seconds), "points": int(grid.counts.sum()), "grid_epe": grid.epe}
+    for name, metric in (("grid_three_way", grid), ("paper_three_way", paper)):
+        result |= {
+            name: metric.three_way,
+            **dict(zip((f"{name}_{g}" for g in ("fd", "fs", "bs")), metric.parts, strict=True)),
+        }
+    result["grid_three_way_pair_mean"] = float(np.nanmean(pair_three_ways)) if pair_three_ways else math.nan
+    return result | {"seconds_per_pair": float(np.median(seconds)) if seconds else math.nan}
+
+
+def timed(estimate: Callable[[SweepPair], torch.Tensor], warm_up: bool = False) -> Estimator:
+    """Make an Estimator of a function, with its wall time (until the flow is back on the CPU)."""
+    is_cold = warm_up
+
+    def estimator(pair: SweepPair) -> tuple[torch.Tensor, float]:
+        nonlocal is_cold
+        if is_cold:
+            estimate(pair)
+            is_cold = False
+        start = time.perf_counter()
+        return estimate(pair).cpu(), time.perf_counter() - start
+
+    return estimator
+
+
+def no_motion(pair: SweepPair) -> torch.Tensor:
+    """Baseline: nothing moves but the ego."""
+    return torch.zeros_like(pair.pc0)
+
+
+def nearest_neighbour(pair: SweepPair) -> torch.Tensor:
+    """Baseline: every point goes to the nearest of sweep 1 (both without ground and in the grid, no truncation)."""
+    is_source, is_target = input_masks(pair)
+    flow = torch.zeros_like(pair.pc0)
+    source, target = pair.pc0[is_source], pair.pc1[is_target]
+    if len(target):
+        flow[is_source] = target[nsfp.Neighbours(target).nearest(source)] - source
+    return flow
+
+
+BASELINES = {"no-motion": no_motion, "nearest": nearest_neighbour}
+
+
+def from_labels(labels: str | Path) -> Estimator:
+    """The flow of a label folder, with the seconds it once took."""
+
+    def estimator(pair: SweepPair) -> tuple[torch.Tensor, float]:
+        label = read_label(labels, pair.key, len(pair.pc0))
+        return label.flow, label.seconds
+
+    return estimator
+
+
+def from_teacher(settings: nsfp.NSFPSettings, device: str = "cpu") -> Estimator:
+    """The teacher itself, run anew on every pair."""
+
+    def estimator(pair: SweepPair) -> tuple[torch.Tensor, float]:
+        label = make_label(pair, settings, device)
+        return label.flow, label.seconds
+
+    return estimator
+
+
+def from_student(model: fastflow3d.FastFlow3D) -> Estimator:
+    """A student in evaluation mode, on the device it lies on. What it has no estimate for keeps residual 0."""
+    model.eval()
+    device = next(model.parameters()).device
+
+    @torch.no_grad()
+    def estimate(pair: SweepPair) -> torch.Tensor:
+        flows, _ = model([pair.pc0[~pair.is_ground0].to(device)], [pair.pc1[~pair.is_ground1].to(device)])
+        flow = torch.zeros_like(pair.pc0)
+        flow[~pair.is_ground0] = flows[0].float().cpu()
+        return flow
+
+    return timed(estimate, warm_up=True)
+
+
+def table(rows: dict[str, dict[str, float]]) -> str:
+    """The headline numbers of several results of `evaluate`, a line each."""
+    columns = {
+        "grid 3-way": "grid_three_way",
+        "FD": "grid_three_way_fd",
+        "FS": "grid_three_way_fs",
+        "BS": "grid_three_way_bs",
+        "EPE": "grid_epe",
+        "pair mean": "grid_three_way_pair_mean",
+        "paper 3-way": "paper_three_way",
+    }
+    width = max(map(len, rows))
+    lines = [" ".join([" " * width, *(f"{name:>11}" for name in columns), f"{'ms a pair':>11}"])]
+    for name, row in rows.items():
+        cells = [f"{row[key]:11.4f}" for key in columns.values()]
+        lines.append(" ".join([f"{name:<{width}}", *cells, f"{1e3 * row['seconds_per_pair']:11.1f}"]))
+    return "\n".join(lines)
+
+
+# --- The commands ----------------------------------------------------------------------------------------------------
+
+
+def add_settings(parser: argparse.ArgumentParser, settings_class: type) -> None:
+    """An option --name for every field of a dataclass of settings, typed as its default."""
+    for field in dataclasses.fields(settings_class):
+        kind = type(field.default)
+        parse = _parse_bool if kind is bool else kind
+        parser.add_argument("--" + field.name.replace("_", "-"), type=parse, metavar=kind.__name__)
+
+
+def chosen_settings(arguments: argparse.Namespace, base):
+    """`base` with the fields that were given on the command line."""
+    given = {field.name: getattr(arguments, field.name, None) for field in dataclasses.fields(base)}
+    return dataclasses.replace(base, **{name: value for name, value in given.items() if value is not None})
+
+
+def _parse_bool(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() == "true"
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _synthesize(arguments: argparse.Namespace) -> int:
+    settings = chosen_settings(arguments, synthetic.PRESETS[arguments.preset])
+    if arguments.out.is_dir() and any(arguments.out.iterdir()):
+        raise DataError(f"{arguments.out}: is not empty; choose a new folder")
+    print(f"settings: {settings}")
+    synthetic.write_logs(arguments.out, arguments.logs, settings)
+    pairs = data.open_dataset(arguments.out)
+    print(f"{arguments.logs} logs, {len(pairs)} pairs, in {arguments.out}")
+    return 0
+
+
+def _label(arguments: argparse.Namespace) -> int:
+    settings = chosen_settings(arguments, nsfp.TEACHERS[arguments.teacher])
+    print(f"settings: {settings}")
+    dataset = data.open_dataset(arguments.data, true_flow=False)
+    for line in dataset.skipped:
+        print(line, file=sys.stderr)
+    start = time.perf_counter()
+    count = label_dataset(dataset, arguments.labels, settings, arguments.workers, arguments.device)
+    for key, reason in count.failed:
+        print(f"no label for {tuple(key)}: {reason}", file=sys.stderr)
+    made = f"{count.made} labels made in {(time.perf_counter() - start) / 60:.1f} min"
+    print(f"{arguments.labels}: {made}, {count.found} found, {len(count.failed)} failed")
+    return 1 if count.failed else 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    dataset = data.open_dataset(arguments.data)
+    if arguments.checkpoint:
+        try:
+            model = fastflow3d.load_checkpoint(arguments.checkpoint)
+        except ValueError as error:
+            raise DataError(error) from error
+        estimator = from_student(model.to(arguments.device))
+    elif arguments.labels:
+        estimator = from_labels(arguments.labels)
+    elif arguments.teacher:
+        torch.set_num_threads(1)
+        estimator = from_teacher(chosen_settings(arguments, nsfp.TEACHERS[arguments.teacher]), arguments.device)
+    else:
+        estimator = timed(BASELINES[arguments.baseline])
+    result = evaluate(dataset, estimator)
+    name = next(
+        str(value) for value in (arguments.checkpoint, arguments.labels, arguments.teacher, arguments.baseline) if value
+    )
+    print(table({name: result}))
+    if arguments.json:
+        with atomic_file(Path(arguments.json)) as file:
+            file.write(json.dumps(result, indent=2).encode())
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="ZeroFlow: scene flow via distillation.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name: str, run: Callable, help: str, example: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name, help=help, description=help, epilog=f"example: python zeroflow.py {name} {example}"
+        )
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command(
+        "synthesize", _synthesize, "write a synthetic street in Argoverse 2's layout", "--out street --logs 10"
+    )
+    sub.add_argument("--out", required=True, type=Path, help="folder of the new logs; must be new or empty")
+    sub.add_argument("--logs", required=True, type=int)
+    sub.add_argument(
+        "--preset", choices=synthetic.PRESETS, default="full", help="size of a sweep (default: %(default)s)"
+    )
+    add_settings(sub, synthetic.StreetSettings)
+
+    sub = command(
+        "label", _label, "let the teacher label pairs; makes what is missing", "--data av2/train --labels labels"
+    )
+    sub.add_argument("--data", required=True, help="a split (folder of logs) or one log")
+    sub.add_argument("--labels", required=True, help="folder of the labels, one file a pair")
+    sub.add_argument("--teacher", choices=nsfp.TEACHERS, default="fast", help="(default: %(default)s)")
+    sub.add_argument("--workers", type=int, default=0, help="processes, one thread each (default: one a core)")
+    sub.add_argument("--device", default=default_device(), help="cpu or cuda (default here: %(default)s)")
+    add_settings(sub, nsfp.NSFPSettings)
+
+    sub = command("evaluate", _evaluate, "compare flow with the truth", "--data av2/val --checkpoint student.pt")
+    sub.add_argument("--data", required=True, help="a split (folder of logs) or one log, with annotations")
+    source = sub.add_mutually_exclusive_group(required=True)
+    source.add_argument("--checkpoint", help="a student that train.py has written")
+    source.add_argument("--labels", help="a folder that `label` has written")
+    source.add_argument("--teacher", choices=nsfp.TEACHERS, help="run the teacher now")
+    source.add_argument("--baseline", choices=BASELINES)
+    sub.add_argument("--json", metavar="FILE", help="write all numbers here, flat")
+    sub.add_argument("--device", default=default_device(), help="cpu or cuda (default here: %(default)s)")
+    add_settings(sub, nsfp.NSFPSettings)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except (DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
