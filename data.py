@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -141,7 +142,7 @@ class Argoverse2Pairs(torch.utils.data.Dataset):
         ego1_SE3_ego0 = inverse(city_SE3_ego1) @ city_SE3_ego0
         truth = {}
         if log.boxes is not None:
-            boxes0, boxes1 = (log.boxes[stamp] if stamp in log.boxes else [] for stamp in key[1:])
+            boxes0, boxes1 = (log.boxes.get(stamp, []) for stamp in key[1:])
             truth = dict(zip(_TRUTH_FIELDS, true_residual_flow(points0, boxes0, boxes1, ego1_SE3_ego0), strict=True))
         return SweepPair(
             pc0=torch.from_numpy(points0.astype(np.float32)),
@@ -285,11 +286,10 @@ class _Log:
 def _read_log(folder: Path, true_flow: bool) -> _Log:
     pose_file = folder / "city_SE3_egovehicle.feather"
     poses = read_feather(pose_file, ["timestamp_ns", *POSE_COLUMNS])
-    values = np.stack([poses[name] for name in POSE_COLUMNS], axis=1)
     annotation_file = folder / "annotations.feather"  # the test split has none
     return _Log(
         pose_file=pose_file,
-        poses=dict(zip(poses["timestamp_ns"].tolist(), values, strict=True)),
+        poses=dict(zip(poses["timestamp_ns"].to_pylist(), stack(poses, POSE_COLUMNS), strict=True)),
         ground=_read_ground_raster(folder / "map"),
         boxes=_read_boxes(annotation_file) if true_flow and annotation_file.exists() else None,
     )
@@ -306,8 +306,7 @@ def _poses(values: np.ndarray) -> np.ndarray:
 def _read_sweep(folder: Path, timestamp_ns: int) -> np.ndarray:
     """(N, 3) float64 in the sweep's own ego frame; the files hold float16."""
     file = folder / "sensors" / "lidar" / f"{timestamp_ns}.feather"
-    columns = read_feather(file, ["x", "y", "z"])
-    points = np.stack([columns[name].astype(np.float64) for name in "xyz"], axis=1)
+    points = stack(read_feather(file, ["x", "y", "z"]), "xyz").astype(np.float64)
     if len(points) == 0:
         raise DataError(f"{file}: the sweep has no points; download it again or remove it")
     return points
@@ -348,21 +347,21 @@ def _read_boxes(file: Path) -> dict[int, list[Box]]:
     table = read_feather(
         file, ["timestamp_ns", "track_uuid", "category", "num_interior_pts", *size_columns, *POSE_COLUMNS]
     )
-    number = {name: index for index, name in enumerate(CATEGORIES)}
-    unknown = sorted(set(table["category"]) - set(number))
+    stamps, tracks, names = (table[name].to_pylist() for name in ("timestamp_ns", "track_uuid", "category"))
+    unknown = sorted(set(names) - set(CATEGORIES))
     if unknown:
         raise DataError(f"{file}: unknown categories {unknown}; Argoverse 2 has {CATEGORIES[1:]}")
-    sizes = np.stack([table[name] for name in size_columns], axis=1)
-    ego_SE3_boxes = _poses(np.stack([table[name] for name in POSE_COLUMNS], axis=1))
-    boxes: dict[int, list[Box]] = {stamp: [] for stamp in np.unique(table["timestamp_ns"]).tolist()}
-    for i in np.flatnonzero(table["num_interior_pts"] >= 1):
-        box = Box(table["track_uuid"][i], number[table["category"][i]], sizes[i], ego_SE3_boxes[i])
-        boxes[int(table["timestamp_ns"][i])].append(box)
+    number = {name: index for index, name in enumerate(CATEGORIES)}
+    sizes, ego_SE3_boxes = stack(table, size_columns), _poses(stack(table, POSE_COLUMNS))
+    boxes: dict[int, list[Box]] = {}
+    for i in np.flatnonzero(table["num_interior_pts"].to_numpy() >= 1):
+        box = Box(tracks[i], number[names[i]], sizes[i], ego_SE3_boxes[i])
+        boxes.setdefault(stamps[i], []).append(box)
     return boxes
 
 
-def read_feather(file: Path, columns: list[str]) -> dict[str, np.ndarray]:
-    """The named columns of a Feather file as numpy arrays. Raises DataError naming the file and the way out."""
+def read_feather(file: Path, columns: list[str]) -> pyarrow.Table:
+    """A Feather file that has these columns. Raises DataError naming the file and the way out."""
     if not file.exists():
         raise DataError(f"{file}: no such file; download the log again or remove it")
     try:
@@ -372,7 +371,12 @@ def read_feather(file: Path, columns: list[str]) -> dict[str, np.ndarray]:
     missing = sorted(set(columns) - set(table.column_names))
     if missing:
         raise DataError(f"{file}: has no columns {missing} (it has {table.column_names}); is it the right file?")
-    return {name: table[name].to_numpy() for name in columns}
+    return table
+
+
+def stack(table: pyarrow.Table, columns: Sequence[str]) -> np.ndarray:
+    """The named columns side by side, (rows, columns), in their own dtype."""
+    return np.stack([table[name].to_numpy() for name in columns], axis=1)
 
 
 def is_in_grid(points: torch.Tensor, half_extent_m: tuple[float, float, float] = GRID_HALF_EXTENT_M) -> torch.Tensor:

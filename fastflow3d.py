@@ -7,9 +7,8 @@ Points are (N, 3) float32 in metres, in the ego frame of sweep 0, ground removed
 after ego-motion, from sweep 0 to sweep 1; row i of a flow belongs to row i of its pc0. Batches are lists of clouds.
 A point with a NaN coordinate or outside the grid gets flow 0 and False in `is_in_grid`. There is no cap on points.
 
-The names in `state_dict()` are those of the published files without their prefix `model.`.
-Where the paper's text and the published code differ (mean instead of max or sum over a pillar, GELU instead of ReLU,
-a decoder without norms and activations), this is the code, since its weights are what people have.
+Everything is as ZeroFlow's published code computes it, since its weights are what people have, and the names in
+`state_dict()` are those of the published files without their prefix `model.`.
 
 This file needs torch, and none of its siblings.
 """
@@ -133,7 +132,7 @@ def assign_cells(points: torch.Tensor, settings: FastFlow3DSettings) -> tuple[to
 
 
 class PillarFeatureNet(nn.Module):
-    """Linear, batch norm, ReLU on each point, then the mean over each cell (the paper's text: a sum)."""
+    """Linear, batch norm, ReLU on each point, then the mean over each cell."""
 
     def __init__(self, channels: int):
         super().__init__()

@@ -43,7 +43,7 @@ class StreetSettings:
 PRESETS = {
     "full": StreetSettings(),  # 80,000 to 100,000 points
     "small": StreetSettings(
-        azimuths=420, beam_step=2, range_m=30.0
+        azimuths=380, beam_step=2, range_m=30.0
     ),  # 6,000 not ground within 25.6 m: `python train.py`
     "teaching": StreetSettings(azimuths=190, beam_step=4, range_m=30.0),  # 1,000 to 2,000 such points: the notebooks
 }

@@ -46,7 +46,7 @@ class TrainSettings:
 
     # The student and how it learns.
     model: str = "narrow"  # narrow, normal or xl: see fastflow3d.MODELS
-    steps: int = 3000
+    steps: int = 2000
     pairs_per_step: int = 1  # the paper: 64
     learning_rate: float = 2e-3  # of Adam, after a short warm-up, then cosine to 0. The paper: constant 2e-6
     formula_share: float = 0.5  # the first steps weigh points by the paper's formula, the rest all alike
@@ -139,8 +139,8 @@ def check_settings(settings: TrainSettings) -> None:
 
 def prepare_street(settings: TrainSettings) -> tuple[data.Argoverse2Pairs, data.Argoverse2Pairs, Path]:
     """Training pairs, test pairs and the folder of labels of both; made where the cache folder lacks them."""
-    # The cache is as good as the code that filled it: a change of either file gives a new folder.
-    what = [Path(module.__file__).read_text() for module in (synthetic, nsfp)]
+    # The cache is as good as the code that filled it: a change of these files gives a new folder.
+    what = [Path(module.__file__).read_text() for module in (data, nsfp, synthetic)]
     what += [repr(STREET), repr(STREET_TEACHER), str(settings.train_logs), str(settings.test_logs)]
     name = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zeroflow" / f"street-{name}"
@@ -199,7 +199,7 @@ def train(samples, settings: TrainSettings) -> fastflow3d.FastFlow3D:
         flows, is_in_grid = model(pc0s, pc1s)
         masks = [known & inside for known, inside in zip(has_flow, is_in_grid, strict=True)]
         weight = "formula" if step < settings.formula_share * settings.steps else "none"
-        loss = zeroflow.distillation_loss(flows, labels, masks, weight) / len(flows)
+        loss = zeroflow.distillation_loss(flows, labels, masks, weight) / len(flows)  # a mean, so that clip_norm stays
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)

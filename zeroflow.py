@@ -24,8 +24,8 @@ import math
 import multiprocessing
 import os
 import sys
-import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -51,14 +51,14 @@ class Label:
     """A teacher's flow for one pair, as it lies on disk.
 
     flow (N0, 3) float32 metres, residual, 0 where there is none; has_flow (N0,) bool: not ground and in the grid.
-    chamfer_sq: truncated Chamfer distance (m², both ways) of the moved points to sweep 1, comparable between teachers.
+    loss: truncated Chamfer distance (m², both ways) of the moved points to sweep 1, comparable between teachers.
     """
 
     key: PairKey
     flow: torch.Tensor
     has_flow: torch.Tensor
     settings: dict
-    chamfer_sq: float
+    loss: float
     seconds: float
 
 
@@ -72,11 +72,11 @@ def make_label(pair: SweepPair, settings: nsfp.NSFPSettings, device: str = "cpu"
     pc0, pc1 = pair.pc0[has_flow].to(device), pair.pc1[is_target].to(device)
     estimate = nsfp.estimate_flow(pc0, pc1, settings)
     is_empty = len(pc0) == 0 or len(pc1) == 0
-    chamfer_sq = 0.0 if is_empty else nsfp.truncated_chamfer(pc0 + estimate, pc1, settings.truncation_sq).item()
+    loss = 0.0 if is_empty else nsfp.truncated_chamfer(pc0 + estimate, pc1, settings.truncation_sq).item()
     flow = torch.zeros_like(pair.pc0)
     flow[has_flow] = estimate.cpu()
     seconds = time.perf_counter() - start
-    return Label(pair.key, flow, has_flow, dataclasses.asdict(settings), chamfer_sq, seconds)
+    return Label(pair.key, flow, has_flow, dataclasses.asdict(settings), loss, seconds)
 
 
 def input_masks(pair: SweepPair) -> tuple[torch.Tensor, torch.Tensor]:
@@ -96,7 +96,7 @@ def write_label(labels: str | Path, label: Label) -> Path:
         "num_points": len(label.flow),
         "settings": label.settings,
         "settings_hash": settings_hash(label.settings),
-        "chamfer_sq": label.chamfer_sq,
+        "loss": label.loss,
         "seconds": label.seconds,
     }
     table = pyarrow.table({**columns, "has_flow": label.has_flow.numpy()}).replace_schema_metadata(
@@ -117,23 +117,24 @@ def read_label(labels: str | Path, key: PairKey, num_points: int | None = None) 
     if not path.exists():
         raise DataError(f"{path}: no label for this pair; make it with `python zeroflow.py label`")
     remedy = "delete the file and run `python zeroflow.py label` again"
-    columns = data.read_feather(path, [*_FLOW_COLUMNS, "has_flow"])
+    table = data.read_feather(path, [*_FLOW_COLUMNS, "has_flow"])
     try:
-        about = json.loads(feather.read_table(path, columns=[]).schema.metadata[b"zeroflow"])
+        about = json.loads(table.schema.metadata[b"zeroflow"])
         found = PairKey(about["log_id"], about["timestamp0_ns"], about["timestamp1_ns"])
         is_whole = settings_hash(about["settings"]) == about["settings_hash"]
-        is_whole &= about["num_points"] == len(columns["has_flow"])
-        chamfer_sq, seconds = about["chamfer_sq"], about["seconds"]
+        is_whole &= about["num_points"] == table.num_rows
+        loss, seconds = about["loss"], about["seconds"]
     except (TypeError, KeyError, ValueError) as error:
         raise DataError(f"{path}: not a label of this project ({error!r}); {remedy}") from error
     if not is_whole:
         raise DataError(f"{path}: its rows or settings are not those it was written with; {remedy}")
     if found != key:
         raise DataError(f"{path}: is the label of {tuple(found)}, not of {tuple(key)}; {remedy}")
-    if num_points is not None and num_points != len(columns["has_flow"]):
-        raise DataError(f"{path}: has {len(columns['has_flow'])} rows, its sweep has {num_points} points; {remedy}")
-    flow = torch.from_numpy(np.stack([columns[name] for name in _FLOW_COLUMNS], axis=1).astype(np.float32))
-    return Label(key, flow, torch.from_numpy(columns["has_flow"]), about["settings"], chamfer_sq, seconds)
+    if num_points is not None and num_points != table.num_rows:
+        raise DataError(f"{path}: has {table.num_rows} rows, its sweep has {num_points} points; {remedy}")
+    flow = torch.from_numpy(data.stack(table, _FLOW_COLUMNS).astype(np.float32))
+    has_flow = torch.from_numpy(table["has_flow"].to_numpy())
+    return Label(key, flow, has_flow, about["settings"], loss, seconds)
 
 
 def settings_hash(settings: dict) -> str:
@@ -145,22 +146,15 @@ def settings_hash(settings: dict) -> str:
 def atomic_file(path: Path) -> Iterator:
     """A binary file that appears under its name only when it is whole and on disk; an old one stays until then."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False) as file:
-        try:
+    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(unfinished, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-            os.chmod(file.name, 0o666 & ~_umask())  # a temporary file is private, a label is not
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 # --- Labelling many pairs --------------------------------------------------------------------------------------------

@@ -26,9 +26,7 @@ def a_label(n: int = 50) -> zeroflow.Label:
     generator = torch.Generator().manual_seed(n)
     has_flow = torch.rand(n, generator=generator) < 0.7
     flow = torch.randn(n, 3, generator=generator) * has_flow[:, None]
-    return zeroflow.Label(
-        data.PairKey("log", 1, 2), flow, has_flow, dataclasses.asdict(QUICK), chamfer_sq=0.25, seconds=1.5
-    )
+    return zeroflow.Label(data.PairKey("log", 1, 2), flow, has_flow, dataclasses.asdict(QUICK), loss=0.25, seconds=1.5)
 
 
 def a_pair(points, flow=None, category=None, is_dynamic=None, is_valid=None) -> data.SweepPair:
@@ -63,7 +61,7 @@ def test_a_label_comes_back_by_its_name_to_half_a_millimetre(tmp_path):
     assert torch.equal(found.has_flow, label.has_flow)
     is_slow = label.flow.abs() < 2
     assert (found.flow - label.flow)[is_slow].abs().max() <= 0.0005
-    assert (found.settings, found.chamfer_sq, found.seconds) == (label.settings, 0.25, 1.5)
+    assert (found.settings, found.loss, found.seconds) == (label.settings, 0.25, 1.5)
     assert feather.read_table(path).schema.names == ["flow_tx_m", "flow_ty_m", "flow_tz_m", "has_flow"]
 
 
@@ -133,7 +131,7 @@ def test_labels_are_for_points_that_are_not_ground_and_in_the_grid(street):
     assert torch.equal(label.has_flow, expected) and expected.any() and not expected.all()
     assert not label.flow[~expected].any() and label.flow[expected].any()
     moved, target = pair.pc0[expected] + label.flow[expected], pair.pc1[~pair.is_ground1 & (pair.pc1[:, 2].abs() < 3)]
-    assert label.chamfer_sq == pytest.approx(nsfp.truncated_chamfer(moved, target).item())
+    assert label.loss == pytest.approx(nsfp.truncated_chamfer(moved, target).item())
 
 
 def test_labelling_makes_exactly_what_is_missing_or_torn(tmp_path, street):
@@ -288,11 +286,10 @@ def test_the_fast_teacher_more_than_halves_the_error_of_no_motion_on_the_real_pa
 # --- The commands ----------------------------------------------------------------------------------------------------
 
 
-def zeroflow_command(*arguments, expect: int = 0) -> subprocess.CompletedProcess:
+def zeroflow_command(*arguments) -> subprocess.CompletedProcess:
     command = [sys.executable, "-W", "error", str(ROOT / "zeroflow.py"), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == expect, done.stderr
-    assert "Traceback" not in done.stderr
+    assert done.returncode == 0, done.stderr
     return done
 
 
@@ -314,14 +311,15 @@ def test_from_synthesize_to_evaluate_as_a_user_types_it(tmp_path):
     assert set(wanted.split()) <= set(result)
 
 
-def test_mistakes_get_one_clear_line_and_a_status(tmp_path, street_folder):
+def test_mistakes_get_one_clear_line_and_a_status(tmp_path, street_folder, capsys):
     for arguments, message in (
         (("evaluate", "--data", tmp_path / "no", "--baseline", "nearest"), "no: no such folder"),
         (("evaluate", "--data", street_folder, "--labels", tmp_path), "feather: no label for this pair; make it with"),
         (("evaluate", "--data", street_folder, "--checkpoint", tmp_path / "no.pt"), "no.pt: no such file"),
         (("synthesize", "--out", street_folder, "--logs", 1), "is not empty; choose a new folder"),
     ):
-        done = zeroflow_command(*arguments, expect=1)
-        (line,) = [line for line in done.stderr.splitlines() if line.startswith("error")]
+        assert zeroflow.main([*map(str, arguments)]) == 1
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
         assert message in line
-    zeroflow_command("label", "--data", street_folder, "--labels", tmp_path, "--no-such-setting", 1, expect=2)
+    with pytest.raises(SystemExit):
+        zeroflow.main(["label", "--data", "x", "--labels", "y", "--no-such-setting", "1"])
