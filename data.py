@@ -93,12 +93,15 @@ def open_dataset(path: str | Path, true_flow: bool = True) -> Argoverse2Pairs:
     path = Path(path)
     if not path.is_dir():
         raise DataError(f"{path}: no such folder; give a folder of Argoverse 2 logs, or one log")
-    if _is_log(path):
-        return Argoverse2Pairs([path], true_flow)
     children = sorted(child for child in path.iterdir() if child.is_dir())
-    logs = [child for child in children if _is_log(child)]
+    logs = [path] if _is_log(path) else [child for child in children if _is_log(child)]
     if logs:
-        return Argoverse2Pairs(logs, true_flow)
+        pairs = Argoverse2Pairs(logs, true_flow)
+        if len(pairs) == 0:
+            raise DataError(
+                f"{path}: no two consecutive sweeps in {len(logs)} logs; download the sweeps, or another log"
+            )
+        return pairs
     splits = [child.name for child in children if any(_is_log(grandchild) for grandchild in child.iterdir())]
     if splits:
         raise DataError(f"{path}: holds the splits {', '.join(splits)}; choose one, as in {path / splits[0]}")
@@ -106,7 +109,8 @@ def open_dataset(path: str | Path, true_flow: bool = True) -> Argoverse2Pairs:
 
 
 def _is_log(folder: Path) -> bool:
-    return (folder / "sensors" / "lidar").is_dir()
+    """Hidden folders are none: a log that is still being written or copied has a name with a dot in front."""
+    return not folder.name.startswith(".") and (folder / "sensors" / "lidar").is_dir()
 
 
 class Argoverse2Pairs(torch.utils.data.Dataset):
@@ -193,7 +197,7 @@ def total_flow(residual: torch.Tensor, pair: SweepPair) -> torch.Tensor:
     return ((points + residual.double()) @ rotation.T + translation - points).float()
 
 
-# --- Ground ----------------------------------------------------------------------------------------------------------
+# --- Ground and grid -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -216,6 +220,12 @@ class GroundRaster:
         ground_z = np.full(len(points_city), np.nan)
         ground_z[is_inside] = self.height[row[is_inside].astype(int), column[is_inside].astype(int)]
         return points_city[:, 2] - ground_z <= threshold_m  # a comparison with NaN is False
+
+
+def is_in_grid(points: torch.Tensor, half_extent_m: tuple[float, float, float] = GRID_HALF_EXTENT_M) -> torch.Tensor:
+    """(N,) bool: which points (N, 3) lie in [-half, half) in x, y and z. NaN lies nowhere."""
+    half = points.new_tensor(half_extent_m)
+    return ((points >= -half) & (points < half)).all(dim=1)
 
 
 # --- True flow from tracked boxes ------------------------------------------------------------------------------------
@@ -377,9 +387,3 @@ def read_feather(file: Path, columns: list[str]) -> pyarrow.Table:
 def stack(table: pyarrow.Table, columns: Sequence[str]) -> np.ndarray:
     """The named columns side by side, (rows, columns), in their own dtype."""
     return np.stack([table[name].to_numpy() for name in columns], axis=1)
-
-
-def is_in_grid(points: torch.Tensor, half_extent_m: tuple[float, float, float] = GRID_HALF_EXTENT_M) -> torch.Tensor:
-    """(N,) bool: which points (N, 3) lie in [-half, half) in x, y and z. NaN lies nowhere."""
-    half = points.new_tensor(half_extent_m)
-    return ((points >= -half) & (points < half)).all(dim=1)

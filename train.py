@@ -46,7 +46,7 @@ class TrainSettings:
 
     # The student and how it learns.
     model: str = "narrow"  # narrow, normal or xl: see fastflow3d.MODELS
-    steps: int = 2000
+    steps: int = 1500
     pairs_per_step: int = 1  # the paper: 64
     learning_rate: float = 2e-3  # of Adam, after a short warm-up, then cosine to 0. The paper: constant 2e-6
     formula_share: float = 0.5  # the first steps weigh points by the paper's formula, the rest all alike
@@ -218,7 +218,7 @@ def batches(samples, settings: TrainSettings) -> Iterator[list[list[torch.Tensor
         batch_size=settings.pairs_per_step,
         shuffle=True,
         num_workers=settings.loader_workers,
-        collate_fn=lambda rows: [list(column) for column in zip(*rows, strict=True)],
+        collate_fn=columns_of,
         generator=torch.Generator().manual_seed(settings.seed),
     )
     step = 0
@@ -228,6 +228,11 @@ def batches(samples, settings: TrainSettings) -> Iterator[list[list[torch.Tensor
             step += 1
             if step == settings.steps:
                 return
+
+
+def columns_of(rows: list[tuple[torch.Tensor, ...]]) -> list[list[torch.Tensor]]:
+    """Ragged batches are lists of tensors."""
+    return [list(column) for column in zip(*rows, strict=True)]
 
 
 def draw(file: str, dataset: data.Argoverse2Pairs, estimators: dict[str, zeroflow.Estimator]) -> None:

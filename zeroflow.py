@@ -71,11 +71,11 @@ def make_label(pair: SweepPair, settings: nsfp.NSFPSettings, device: str = "cpu"
     has_flow, is_target = input_masks(pair)
     pc0, pc1 = pair.pc0[has_flow].to(device), pair.pc1[is_target].to(device)
     estimate = nsfp.estimate_flow(pc0, pc1, settings)
-    is_empty = len(pc0) == 0 or len(pc1) == 0
-    loss = 0.0 if is_empty else nsfp.truncated_chamfer(pc0 + estimate, pc1, settings.truncation_sq).item()
     flow = torch.zeros_like(pair.pc0)
     flow[has_flow] = estimate.cpu()
     seconds = time.perf_counter() - start
+    is_empty = len(pc0) == 0 or len(pc1) == 0
+    loss = 0.0 if is_empty else nsfp.truncated_chamfer(pc0 + estimate, pc1, settings.truncation_sq).item()
     return Label(pair.key, flow, has_flow, dataclasses.asdict(settings), loss, seconds)
 
 
@@ -212,8 +212,10 @@ def _pair_pool(dataset, labels, settings, device: str, workers: int) -> Iterator
     if workers <= 1:
         threads = torch.get_num_threads()
         _start_worker(*state)
-        yield lambda indices: map(_label_one, indices)
-        torch.set_num_threads(threads)
+        try:
+            yield lambda indices: map(_label_one, indices)
+        finally:
+            torch.set_num_threads(threads)
     else:
         # "spawn", since a forked copy of a process whose torch has run threads may hang.
         context = multiprocessing.get_context("spawn")

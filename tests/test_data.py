@@ -208,6 +208,15 @@ def test_a_folder_that_is_no_data_set_says_what_would_be_one(tmp_path):
         data.open_dataset(tmp_path)
 
 
+def test_a_log_without_pairs_is_an_error_and_an_unfinished_log_is_none(tmp_path):
+    (tmp_path / "log" / "sensors" / "lidar").mkdir(parents=True)
+    with pytest.raises(data.DataError, match="no two consecutive sweeps in 1 logs"):
+        data.open_dataset(tmp_path)
+    (tmp_path / "log").rename(tmp_path / ".log.tmp")
+    with pytest.raises(data.DataError, match="no Argoverse 2 log in it"):
+        data.open_dataset(tmp_path)
+
+
 def _cut(file):
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
