@@ -31,7 +31,7 @@ from scipy.spatial.transform import Rotation
 # The student's grid as published: |x|, |y| < 51.2 m and |z| < 3 m (the lower border belongs to it, the upper does not).
 GRID_HALF_EXTENT_M = (51.2, 51.2, 3.0)
 GROUND_THRESHOLD_M = 0.40  # ZeroFlow's; the av2 package takes 0.30
-MAX_GAP_S = 0.15  # sweeps come at 10 Hz; a longer gap means that one is missing
+MAX_GAP_NS = 150_000_000  # sweeps come at 10 Hz; a longer gap means that one is missing
 DYNAMIC_THRESHOLD_M = 0.05  # av2's: a point that moves less than 5 cm a sweep is static
 
 # av2's category numbers: 0 is NONE (background), then the thirty names in alphabetical order.
@@ -93,7 +93,8 @@ def open_dataset(path: str | Path, true_flow: bool = True) -> Argoverse2Pairs:
     path = Path(path)
     if not path.is_dir():
         raise DataError(f"{path}: no such folder; give a folder of Argoverse 2 logs, or one log")
-    children = sorted(child for child in path.iterdir() if child.is_dir())
+    # A log that is still being written or copied has a name with a dot in front.
+    children = sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
     logs = [path] if _is_log(path) else [child for child in children if _is_log(child)]
     if logs:
         pairs = Argoverse2Pairs(logs, true_flow)
@@ -109,8 +110,7 @@ def open_dataset(path: str | Path, true_flow: bool = True) -> Argoverse2Pairs:
 
 
 def _is_log(folder: Path) -> bool:
-    """Hidden folders are none: a log that is still being written or copied has a name with a dot in front."""
-    return not folder.name.startswith(".") and (folder / "sensors" / "lidar").is_dir()
+    return (folder / "sensors" / "lidar").is_dir()
 
 
 class Argoverse2Pairs(torch.utils.data.Dataset):
@@ -123,15 +123,15 @@ class Argoverse2Pairs(torch.utils.data.Dataset):
         self.true_flow = true_flow
         self.keys: list[PairKey] = []
         self.skipped: list[str] = []
-        self._folders = {log.resolve().name: log for log in logs}
+        self._folders = {log.absolute().name: log for log in logs}
         for log_id, log in self._folders.items():
             stamps = sorted(_sweep_timestamp_ns(file) for file in (log / "sensors" / "lidar").glob("*.feather"))
             for stamp0, stamp1 in itertools.pairwise(stamps):
-                gap_s = (stamp1 - stamp0) * 1e-9
-                if gap_s <= MAX_GAP_S:
+                gap_ns = stamp1 - stamp0
+                if 0 < gap_ns <= MAX_GAP_NS:
                     self.keys.append(PairKey(log_id, stamp0, stamp1))
                 else:
-                    self.skipped.append(f"{log}: no pair at {stamp0}: the next sweep is {gap_s:.2f} s later")
+                    self.skipped.append(f"{log}: no pair at {stamp0}: the next sweep is {gap_ns / 1e9:.2f} s later")
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -338,6 +338,8 @@ def _read_ground_raster(folder: Path) -> GroundRaster:
         )
     try:
         height = np.load(files[0], allow_pickle=False)
+        if height.ndim != 2:
+            raise ValueError(f"its shape is {height.shape}, expected (rows, columns)")
         img_Sim2_city = json.loads(files[1].read_text())
         rotation, translation = np.reshape(img_Sim2_city["R"], (2, 2)), np.reshape(img_Sim2_city["t"], 2)
         return GroundRaster(height, rotation, translation, float(img_Sim2_city["s"]))

@@ -6,7 +6,8 @@ neighbours alike than apart, so the flow comes out smooth, as the motion of rigi
 
 Points are (N, 3) float32 in metres, in the ego frame of sweep 0; flow is the residual displacement after ego-motion,
 from sweep 0 to sweep 1; row i of the flow belongs to row i of pc0. The caller removes ground and crops (ZeroFlow: to
-the student's grid); nothing is cut here. Works on the CPU and on CUDA, wherever pc0 lies.
+the student's grid); nothing is cut here. Works on the CPU and on CUDA, wherever pc0 lies. On a CPU, fit several pairs
+side by side with one thread each (`torch.set_num_threads(1)`): the matrices are too small to gain from a second.
 
 Two settings of the same code (TEACHERS):
   published  two networks of 128 wide, all points, truncated Chamfer distance both ways and the cycle back to sweep 0,
@@ -38,16 +39,12 @@ class NSFPSettings:
     hidden_channels: int = 64  # published: 128
     hidden_layers: int = 8
     input_scale: float = 0.3  # published: 1, raw metres. Smaller is smoother: the first ReLUs bend less per metre
-    cycle: bool = (
-        False  # published: True, an inverse network g that must bring the moved points home, and reverse terms
-    )
+    cycle: bool = False  # published: True, the inverse network, which must bring points home, and reverse terms
     batch_points: int = 2048  # random points of pc0 a step, 0 for all; published: 0
     iterations: int = 800  # published: at most 5,000, of which some 300 to 500 are used
     learning_rate: float = 8e-3  # of Adam, without weight decay
     cosine: bool = True  # 5 % warm-up, then down to 0. Published: False; a constant rate jumps out of good basins
-    patience: int = (
-        0  # stop after so many iterations without improvement and keep the best; 0: keep the last. Published: 100
-    )
+    patience: int = 0  # iterations without improvement to stop after, keeping the best; 0: never. Published: 100
     min_improvement: float = 5e-5  # m², what counts as improvement
     truncation_sq: float = 2.0  # m²: a threshold for *squared* distances, so 1.41 m, not 2 m
     seed: int = 0
@@ -62,7 +59,7 @@ TEACHERS = {
 
 
 def estimate_flow(pc0: torch.Tensor, pc1: torch.Tensor, settings: NSFPSettings = TEACHERS["fast"]) -> torch.Tensor:
-    """Residual flow (N, 3) float32 of every point of pc0 (N, 3), given pc1 (M, 3). Same seed and device, same flow.
+    """Residual flow (N, 3) float32 of every point of pc0 (N, 3), given pc1 (M, 3). On a CPU, same seed, same flow.
 
     An empty pc0 gives an empty flow; an empty pc1 offers nothing to match, so the flow is zero.
     Raises ValueError for another shape or dtype, or coordinates that are not finite.
@@ -74,14 +71,16 @@ def estimate_flow(pc0: torch.Tensor, pc1: torch.Tensor, settings: NSFPSettings =
             )
         if not points.isfinite().all():
             raise ValueError(f"{name} has coordinates that are NaN or infinite; cut those rows first")
+    if settings.patience and settings.batch_points:
+        raise ValueError("patience keeps the best flow of all points; it needs batch_points=0")
     if len(pc0) == 0 or len(pc1) == 0:
         return torch.zeros_like(pc0)
 
     generator = torch.Generator(pc0.device).manual_seed(settings.seed)
     forward = _new_prior(settings).to(pc0.device)
-    inverse = copy.deepcopy(forward)  # starts as a copy of the forward network, as published
-    parameters = [*forward.parameters(), *inverse.parameters()] if settings.cycle else [*forward.parameters()]
-    optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate, fused=True)
+    inverse = copy.deepcopy(forward) if settings.cycle else None  # starts as a copy, as published
+    networks = nn.ModuleList([forward, inverse] if settings.cycle else [forward])
+    optimizer = torch.optim.Adam(networks.parameters(), lr=settings.learning_rate, fused=True)
     target0, target1 = Neighbours(pc0), Neighbours(pc1)  # neither cloud moves: one tree each for the whole fit
     best_loss = best_forward_loss = math.inf
     best_flow, best_iteration = torch.zeros_like(pc0), 0
@@ -146,7 +145,7 @@ class NeuralPrior(nn.Module):
 def _new_prior(settings: NSFPSettings) -> NeuralPrior:
     """A freshly initialised prior that depends on the seed alone, without touching the caller's random state."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
+        torch.default_generator.manual_seed(settings.seed)
         return NeuralPrior(settings.hidden_channels, settings.hidden_layers, settings.input_scale)
 
 
@@ -192,19 +191,24 @@ class Neighbours:
     @torch.no_grad()
     def nearest(self, queries: torch.Tensor, max_distance: float = math.inf) -> torch.Tensor:
         """(N,) int64: row of the nearest point for each query (N, 3); M where none is closer than `max_distance`."""
-        if self.tree is None:
-            return nearest_by_brute_force(queries, self.points)
         bound = max_distance * (1 + 1e-6)  # the caller's own float32 comparison decides on the border
+        if self.tree is None:
+            return nearest_by_brute_force(queries, self.points, bound)
         workers = torch.get_num_threads()
         _, index = self.tree.query(queries.detach().numpy(), distance_upper_bound=bound, workers=workers)
         return torch.from_numpy(index)
 
 
-def nearest_by_brute_force(queries: torch.Tensor, points: torch.Tensor, chunk: int = 2**27) -> torch.Tensor:
-    """(N,) int64: row of the nearest of points (M, 3) for each query (N, 3), at most `chunk` distances at a time.
+def nearest_by_brute_force(
+    queries: torch.Tensor, points: torch.Tensor, max_distance: float = math.inf, chunk: int = 2**26
+) -> torch.Tensor:
+    """As `Neighbours.nearest`, by looking at all points, at most `chunk` distances at a time. Never waits for a GPU.
 
-    Distances are of differences. The usual |a|² + |b|² - 2ab is faster and, 50 m from the origin, wrong by millimetres.
+    Squares of differences, summed: the usual |a|² + |b|² - 2ab cancels, and is coarse 50 m from the origin.
     """
-    step = max(1, chunk // len(points))
-    exact = "donot_use_mm_for_euclid_dist"
-    return torch.cat([torch.cdist(part, points, compute_mode=exact).argmin(dim=1) for part in queries.split(step)])
+    rows = []
+    for part in queries.split(max(1, chunk // len(points))):
+        distance_sq = sum((part[:, None, axis] - points[None, :, axis]).square() for axis in range(3))  # (n, M)
+        nearest_sq, row = distance_sq.min(dim=1)
+        rows.append(torch.where(nearest_sq < max_distance**2, row, len(points)))
+    return torch.cat(rows)

@@ -8,14 +8,15 @@ reads them, and boxes give the true flow as they do for real logs.
 What it is not: a sweep is a snapshot (real ones take 0.1 s and are motion-compensated), nobody's legs swing (boxes, and
 so true flow, are rigid), and intensity is made up.
 
-Same settings, same bytes. Frames: everything is placed in a street frame (metres, origin where the ego starts), which
-lies some 5 km from the origin of the city frame, as real logs do. This file needs numpy, scipy, pyarrow, and data.py.
+Same settings and library versions, same bytes. Everything is placed in a street frame (metres, origin where the ego
+starts), which lies some 5 km from the origin of the city frame, as real logs do.
+This file needs numpy, scipy, pyarrow, tqdm and data.py.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ import numpy as np
 import pyarrow
 from pyarrow import feather
 from scipy.spatial.transform import Rotation
+from tqdm import tqdm
 
 import data
 
@@ -65,14 +67,15 @@ def write_logs(out: str | Path, logs: int, settings: StreetSettings) -> None:
 
     A log appears under its name only when all of it is written.
     """
-    for number in range(logs):
+    for number in tqdm(range(logs), desc="street", unit="log", disable=logs < 2):
         folder = Path(out) / f"street-{settings.seed:03d}-{number:04d}"
         if folder.exists():
             continue
-        unfinished = folder.with_name(f".{folder.name}.tmp")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        _write_log(unfinished, folder.name, settings, number)
-        unfinished.rename(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent, ignore_cleanup_errors=True) as unfinished:
+            _write_log(Path(unfinished) / folder.name, folder.name, settings, number)
+            if not folder.exists():  # another run may have been faster
+                (Path(unfinished) / folder.name).rename(folder)
 
 
 # --- The street ------------------------------------------------------------------------------------------------------
@@ -189,7 +192,7 @@ def _traffic(rng, behind: float, ahead: float, ego_mps: float):
     )
     for left, s_mps, least, most, gap in rows:
         for s in _spaced(rng, behind, ahead, least, most, gap):
-            is_long = rng.random() < 0.08 and abs(s) > 12
+            is_long = rng.random() < 0.08 and abs(s) > 20  # close by, one would hold most of what moves
             category, parts = _truck(rng) if is_long else ("REGULAR_VEHICLE", _car(rng))
             beside = left + rng.normal(0, 0.1)
             yield Thing(parts, s, beside, np.pi if s_mps < 0 else 0.0, s_mps * rng.uniform(0.97, 1.03), 0.0, category)
@@ -410,7 +413,7 @@ def _write_log(folder: Path, log_id: str, settings: StreetSettings, number: int)
         pose_rows.append({"timestamp_ns": timestamp_ns, **_pose_columns(city_SE3_street @ street_SE3_ego)})
         points_in = np.bincount(sweep.thing + 1, minlength=len(street.things) + 1)[1:]
         for index, thing in enumerate(street.things):
-            # Annotators label what the lidar has seen; one box in this list of few is kept without a point, as in AV2.
+            # Boxes are of things that the lidar sees, and of every eighth thing anyway: AV2 has boxes without points.
             if thing.category is not None and (points_in[index] > 0 or index % 8 == 0):
                 ego_SE3_thing = data.inverse(street_SE3_ego) @ street.street_SE3_thing(thing, time_s)
                 row = _box_columns(thing, ego_SE3_thing)

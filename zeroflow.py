@@ -73,6 +73,8 @@ def make_label(pair: SweepPair, settings: nsfp.NSFPSettings, device: str = "cpu"
     estimate = nsfp.estimate_flow(pc0, pc1, settings)
     flow = torch.zeros_like(pair.pc0)
     flow[has_flow] = estimate.cpu()
+    if not flow.isfinite().all():
+        raise DataError(f"{tuple(pair.key)}: the fit diverged; try a smaller learning rate or another seed")
     seconds = time.perf_counter() - start
     is_empty = len(pc0) == 0 or len(pc1) == 0
     loss = 0.0 if is_empty else nsfp.truncated_chamfer(pc0 + estimate, pc1, settings.truncation_sq).item()
@@ -182,7 +184,7 @@ def label_dataset(
     """
     wanted = settings_hash(dataclasses.asdict(settings))
     missing = [i for i, key in enumerate(dataset.keys) if not _has_label(labels, key, wanted)]
-    workers = min(workers or os.cpu_count(), len(missing)) if device == "cpu" else 1
+    workers = min(workers or usable_cores(), len(missing)) if device == "cpu" else 1
     failed = []
     with _pair_pool(dataset, labels, settings, device, workers) as run:
         progress = tqdm(run(missing), total=len(missing), desc="teacher", unit="pair", disable=not missing)
@@ -190,6 +192,11 @@ def label_dataset(
             if error is not None:
                 failed.append((dataset.keys[index], error))
     return LabelCount(len(missing) - len(failed), len(dataset) - len(missing), failed)
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on, which a cluster's scheduler may have made fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _has_label(labels: str | Path, key: PairKey, wanted: str) -> bool:
@@ -226,14 +233,14 @@ def _pair_pool(dataset, labels, settings, device: str, workers: int) -> Iterator
 def _start_worker(*state) -> None:
     global _worker_state
     _worker_state = state
-    torch.set_num_threads(1)  # two threads on matrices this small are ten times slower than one
+    torch.set_num_threads(1)  # the matrices are too small to gain from a second
 
 
 def _label_one(index: int) -> str | None:
     dataset, labels, settings, device = _worker_state
     try:
         write_label(labels, make_label(dataset[index], settings, device))
-    except DataError as error:
+    except (ValueError, OSError) as error:  # a file that cannot be read or written, a fit that diverged
         return str(error)
     return None
 
@@ -362,7 +369,8 @@ def evaluate(dataset: Sequence[SweepPair], estimator: Estimator) -> dict[str, fl
     """
     grid, paper = ThreeWayEPE(), ThreeWayEPE()
     pair_three_ways, seconds = [], []
-    for pair in tqdm(dataset, desc="evaluate", unit="pair", disable=len(dataset) < 2):
+    for index in tqdm(range(len(dataset)), desc="evaluate", unit="pair", disable=len(dataset) < 2):
+        pair = dataset[index]
         if pair.flow is None:
             raise DataError(f"{pair.key}: no true flow to compare with; evaluate a split that has annotations.feather")
         flow, pair_seconds = estimator(pair)
@@ -378,8 +386,8 @@ def evaluate(dataset: Sequence[SweepPair], estimator: Estimator) -> dict[str, fl
             name: metric.three_way,
             **dict(zip((f"{name}_{g}" for g in ("fd", "fs", "bs")), metric.parts, strict=True)),
         }
-    result["grid_three_way_pair_mean"] = float(np.nanmean(pair_three_ways)) if pair_three_ways else math.nan
-    return result | {"seconds_per_pair": float(np.median(seconds)) if seconds else math.nan}
+    result["grid_three_way_pair_mean"] = torch.tensor(pair_three_ways, dtype=torch.float64).nanmean().item()
+    return result | {"seconds_per_pair": float(np.median(seconds))}
 
 
 def timed(estimate: Callable[[SweepPair], torch.Tensor], warm_up: bool = False) -> Estimator:
@@ -477,7 +485,8 @@ def add_settings(parser: argparse.ArgumentParser, settings_class: type) -> None:
     for field in dataclasses.fields(settings_class):
         kind = type(field.default)
         parse = _parse_bool if kind is bool else kind
-        parser.add_argument("--" + field.name.replace("_", "-"), type=parse, metavar=kind.__name__)
+        note = f"(default of {settings_class.__name__}: {field.default!r})"
+        parser.add_argument("--" + field.name.replace("_", "-"), type=parse, metavar=kind.__name__, help=note)
 
 
 def chosen_settings(arguments: argparse.Namespace, base):
@@ -496,6 +505,13 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def check_device(device: str) -> None:
+    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise DataError(
+            f"--device {device!r}: choose cpu{', or cuda' if torch.cuda.is_available() else ': no GPU here'}"
+        )
+
+
 def _synthesize(arguments: argparse.Namespace) -> int:
     settings = chosen_settings(arguments, synthetic.PRESETS[arguments.preset])
     if arguments.out.is_dir() and any(arguments.out.iterdir()):
@@ -510,9 +526,8 @@ def _synthesize(arguments: argparse.Namespace) -> int:
 def _label(arguments: argparse.Namespace) -> int:
     settings = chosen_settings(arguments, nsfp.TEACHERS[arguments.teacher])
     print(f"settings: {settings}")
-    dataset = data.open_dataset(arguments.data, true_flow=False)
-    for line in dataset.skipped:
-        print(line, file=sys.stderr)
+    check_device(arguments.device)
+    dataset = open_and_tell(arguments.data, true_flow=False)
     start = time.perf_counter()
     count = label_dataset(dataset, arguments.labels, settings, arguments.workers, arguments.device)
     for key, reason in count.failed:
@@ -522,8 +537,20 @@ def _label(arguments: argparse.Namespace) -> int:
     return 1 if count.failed else 0
 
 
+def open_and_tell(path: str, true_flow: bool = True) -> data.Argoverse2Pairs:
+    """Open a data set and say on stderr which sweeps have no partner."""
+    dataset = data.open_dataset(path, true_flow)
+    for line in dataset.skipped:
+        print(line, file=sys.stderr)
+    return dataset
+
+
 def _evaluate(arguments: argparse.Namespace) -> int:
-    dataset = data.open_dataset(arguments.data)
+    check_device(arguments.device)
+    settings = chosen_settings(arguments, nsfp.TEACHERS[arguments.teacher or "fast"])
+    if not arguments.teacher and settings != nsfp.TEACHERS["fast"]:
+        raise DataError("settings of a teacher were given without --teacher")
+    dataset = open_and_tell(arguments.data)
     if arguments.checkpoint:
         try:
             model = fastflow3d.load_checkpoint(arguments.checkpoint)
@@ -533,8 +560,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     elif arguments.labels:
         estimator = from_labels(arguments.labels)
     elif arguments.teacher:
+        print(f"settings: {settings}")
         torch.set_num_threads(1)
-        estimator = from_teacher(chosen_settings(arguments, nsfp.TEACHERS[arguments.teacher]), arguments.device)
+        estimator = from_teacher(settings, arguments.device)
     else:
         estimator = timed(BASELINES[arguments.baseline])
     result = evaluate(dataset, estimator)
@@ -544,7 +572,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     print(table({name: result}))
     if arguments.json:
         with atomic_file(Path(arguments.json)) as file:
-            file.write(json.dumps(result, indent=2).encode())
+            known = {key: None if math.isnan(value) else value for key, value in result.items()}  # JSON has no NaN
+            file.write(json.dumps(known, indent=2).encode())
     return 0
 
 
@@ -553,9 +582,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name: str, run: Callable, help: str, example: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(
-            name, help=help, description=help, epilog=f"example: python zeroflow.py {name} {example}"
-        )
+        epilog = f"example: python zeroflow.py {name} {example}"
+        sub = commands.add_parser(name, help=help, description=help, epilog=epilog, allow_abbrev=False)
         sub.set_defaults(run=run)
         return sub
 

@@ -26,7 +26,7 @@ def street(street_folder) -> data.Argoverse2Pairs:
 
 @pytest.fixture(scope="session")
 def av2_folder() -> Path:
-    """A real split: set AV2_SAMPLE to the folder of the log 7fab2350-7eaf-3b7e-a39d-6937a4c1bede with two sweeps."""
+    """A real split that holds two sweeps of log 7fab2350-7eaf-3b7e-a39d-6937a4c1bede, named by AV2_SAMPLE."""
     if "AV2_SAMPLE" not in os.environ:
         pytest.skip("needs real Argoverse 2 sweeps: set AV2_SAMPLE to the split that holds log 7fab2350")
     return Path(os.environ["AV2_SAMPLE"])

@@ -47,8 +47,7 @@ def test_ground_of_a_real_pair_by_both_rules(av2_folder, av2_pair, av2_labels):
     assert (~av2_pair.is_ground1).sum() == 80_696
     assert (~av2_pair.is_ground0 & data.is_in_grid(av2_pair.pc0)).sum() == 60_769
     assert (~av2_pair.is_ground1 & data.is_in_grid(av2_pair.pc1)).sum() == 60_865
-    folder = next(av2_folder.iterdir())
-    log = data._read_log(folder, False)
+    log = data._read_log(av2_folder / av2_pair.log_id, False)
     city_SE3_ego0 = log.city_SE3_ego(av2_pair.timestamp0_ns)
     points_city = data.transform(city_SE3_ego0, av2_pair.pc0.double().numpy())
     by_av2s_rule = log.ground.is_ground(points_city, threshold_m=0.30, snap=np.trunc)
@@ -122,6 +121,33 @@ def test_poses_and_boxes_give_the_flow_that_was_meant(tmp_path):
     assert pair.is_dynamic.tolist() == [True, True, False]
     ego0_SE3_ego1 = np.linalg.inv(city_SE3_ego0) @ city_SE3_ego1
     np.testing.assert_allclose(pair.pc1, (np.c_[points, np.ones(3)] @ ego0_SE3_ego1.T)[:, :3], atol=1e-5)
+
+
+def test_where_boxes_overlap_the_later_one_in_the_file_counts(tmp_path):
+    """Two boxes over one point, both moving; then the second is gone in sweep 1: no flow, and not valid."""
+    pose, pc = rigid(0, (5000, 2000, 10)), np.array([[10.0, 0, 1]])
+    cars = [rigid(0, (5010, 2000, 11)), rigid(0, (5011, 2000, 11))]
+    write_log(tmp_path / "log", [pc, pc], [pose, pose], cars)
+    file = tmp_path / "log" / "annotations.feather"
+    first = feather.read_table(file).to_pylist()
+    second = [{**row, "track_uuid": "bus", "category": "BUS"} for row in first]
+    second[1]["tx_m"] += 2
+    for name, rows, flow, is_valid in (("both", first + second, 3.0, True), ("gone", first + second[:1], 0.0, False)):
+        shutil.copytree(tmp_path / "log", tmp_path / name)
+        feather.write_feather(pyarrow.Table.from_pylist(rows), tmp_path / name / "annotations.feather")
+        (pair,) = data.open_dataset(tmp_path / name)
+        assert pair.category.item() == data.CATEGORIES.index("BUS")
+        assert pair.flow[0, 0].item() == pytest.approx(flow, abs=1e-6) and pair.is_valid.item() == is_valid
+
+
+def test_each_sweeps_ground_is_found_with_its_own_pose(tmp_path):
+    """The same points in both sweeps, but the second ego stands 1 m higher: what was ground is ground no more."""
+    pc, car = np.array([[5.0, 0, 0.2], [5.0, 1, -0.9]]), rigid(0, (900, 0, 0))
+    poses = [rigid(0, (0.0, 0, 0)), rigid(0, (0.0, 0, 1.0))]
+    write_log(tmp_path / "log", [pc, pc], poses, [car, car])
+    np.save(tmp_path / "log" / "map" / "log_ground_height_surface____PIT.npy", np.zeros((20, 20), dtype=np.float16))
+    (pair,) = data.open_dataset(tmp_path / "log")
+    assert pair.is_ground0.tolist() == [True, True] and pair.is_ground1.tolist() == [False, True]
 
 
 def test_a_box_without_points_at_either_end_is_no_box(tmp_path):
@@ -244,6 +270,11 @@ def _rename_column(file):
         ("sensors/lidar/*.feather", _rename_column, r"lidar/\d+.feather: has no columns \['x'\]"),
         ("annotations.feather", _cut, "annotations.feather: not a whole Feather file"),
         ("map/*.npy", _cut, "map: the ground raster cannot be read"),
+        (
+            "map/*.npy",
+            lambda file: np.save(file, np.zeros(9)),
+            r"map: the ground raster cannot be read .*shape is \(9,\)",
+        ),
         ("map/*.npy", lambda file: file.unlink(), "map: a log's map needs one"),
     ],
 )

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import fastflow3d
 from fastflow3d import MODELS, FastFlow3D
@@ -94,6 +95,66 @@ def test_pillars_are_the_loop_over_cells():
     torch.testing.assert_close(image[0], expected, atol=1e-5, rtol=1e-5)
 
 
+# --- The U-Net and the head ------------------------------------------------------------------------------------------
+
+
+def plain_unet(state: dict, image0: torch.Tensor, image1: torch.Tensor, blocks: tuple[int, ...]) -> torch.Tensor:
+    """The U-Net again, from the published description and the state dict alone, in evaluation mode."""
+
+    def conv(x, name, **how):
+        return F.conv2d(x, state[f"backbone.{name}.weight"], state[f"backbone.{name}.bias"], **how)
+
+    def block(x, name, stride):
+        x = conv(x, f"{name}.conv", stride=stride, padding=1)
+        norm = {k: state[f"backbone.{name}.batchnorm.{k}"] for k in ("running_mean", "running_var", "weight", "bias")}
+        if x.shape[-1] > 1:
+            centered = x - norm["running_mean"][:, None, None]
+            scale = norm["weight"] / (norm["running_var"] + 1e-5).sqrt()
+            x = centered * scale[:, None, None] + norm["bias"][:, None, None]
+        return 0.5 * x * (1 + torch.erf(x / 2**0.5))  # exact GELU
+
+    def encode(image):
+        maps = [image]
+        for level, count in enumerate(blocks, start=1):
+            x = maps[-1]
+            for i in range(count):
+                x = block(x, f"encoder_step_{level}.{i}", stride=2 if i == 0 else 1)
+            maps.append(x)
+        return maps
+
+    both = [torch.cat([before, after], dim=1) for before, after in zip(encode(image0), encode(image1), strict=True)]
+    x = both[-1]
+    for step, skip in enumerate(reversed(both[:-1]), start=1):
+        a = conv(x, f"decoder_step{step}.u1_u2.0")
+        a = F.interpolate(a, scale_factor=2, mode="bilinear", align_corners=False)
+        b = conv(skip, f"decoder_step{step}.u3")
+        x = conv(torch.cat([a, b], dim=1), f"decoder_step{step}.u4_u5.0", padding=1)
+        x = conv(x, f"decoder_step{step}.u4_u5.1", padding=1)
+    return conv(x, f"decoder_step{len(blocks) + 1}", padding=1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("half", [6.4, 1.6])  # 32 x 32 cells, and 8 x 8, whose coarsest map is one pixel
+def test_unet_and_head_are_the_plain_reimplementation(half):
+    settings = dataclasses.replace(TINY, half_extent_m=(half, half, 3.0))
+    model, pc0, pc1 = seeded_model(settings), cloud(300, half=half), cloud(250, seed=1, half=half)
+    state = model.state_dict()
+    (image0, _, _), (image1, _, _) = model.embedder([pc0]), model.embedder([pc1])
+    motion = plain_unet(state, image0, image1, settings.level_blocks)
+    torch.testing.assert_close(model.backbone(image0, image1), motion, atol=1e-5, rtol=1e-4)
+
+    (flow,), _ = model([pc0], [pc1])
+    column, row = (((pc0[:, axis] + half) / 0.4).floor().long() for axis in (0, 1))
+    for i in range(len(pc0)):
+        at = (0, slice(None), row[i], column[i])
+        center = torch.tensor([(column[i] + 0.5) * 0.4 - half, (row[i] + 0.5) * 0.4 - half, 0.0])
+        x = torch.cat([image0[at], image1[at], motion[at], pc0[i] - center])
+        hidden = state["head.decoder.0.weight"] @ x + state["head.decoder.0.bias"]
+        hidden = 0.5 * hidden * (1 + torch.erf(hidden / 2**0.5))
+        expected = state["head.decoder.2.weight"] @ hidden + state["head.decoder.2.bias"]
+        torch.testing.assert_close(flow[i], expected, atol=1e-5, rtol=1e-4)
+
+
 # --- The whole -------------------------------------------------------------------------------------------------------
 
 
@@ -162,15 +223,25 @@ def test_in_training_the_statistics_are_taken_per_frame_and_per_cloud():
 
 
 def test_running_statistics_see_sweep_0_first():
+    """In the pillar net and in the U-Net: one step is two updates by hand, with sweep 0's mean and then sweep 1's."""
     model, pc0, pc1 = seeded_model().train(), cloud(300), cloud(250, half=3.0, seed=6)
-    norm = model.embedder.feature_net.pfn_layers[0][1]
-    means = [norm.running_mean.clone()]
-    handle = norm.register_forward_hook(lambda *_: means.append(norm.running_mean.clone()))
+    linear, pillar_norm, _ = model.embedder.feature_net.pfn_layers[0]
+    first_block = model.backbone.encoder_step_1[0]
+    seen = {linear: [], first_block.conv: []}
+    expected = {linear: pillar_norm.running_mean.clone(), first_block.conv: first_block.batchnorm.running_mean.clone()}
+    for layer in seen:
+        layer.register_forward_hook(lambda layer, _, output: seen[layer].append(output.detach()))
     model([pc0], [pc1])
-    handle.remove()
+    # Sweep 0 alone through the same weights tells whose turn came first.
     probe = seeded_model().train()
-    probe.embedder([pc0])
-    assert torch.equal(means[1], probe.embedder.feature_net.pfn_layers[0][1].running_mean)
+    image0, _, _ = probe.embedder([pc0])
+    torch.testing.assert_close(seen[first_block.conv][0], probe.backbone.encoder_step_1[0].conv(image0))
+    assert [len(x) for x in seen[linear]] == [300, 250]
+    for layer, norm, momentum in ((linear, pillar_norm, 0.01), (first_block.conv, first_block.batchnorm, 0.1)):
+        for x in seen[layer]:
+            mean = x.mean(dim=0) if x.ndim == 2 else x.mean(dim=(0, 2, 3))
+            expected[layer] = (1 - momentum) * expected[layer] + momentum * mean
+        torch.testing.assert_close(norm.running_mean, expected[layer], atol=1e-6, rtol=1e-5)
 
 
 # --- Files -----------------------------------------------------------------------------------------------------------

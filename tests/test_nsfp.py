@@ -54,13 +54,14 @@ def test_tree_and_brute_force_find_the_same_neighbours():
     queries, points = clouds(300, 200)
     expected = (queries[:, None] - points[None]).norm(dim=2).argmin(dim=1)
     assert torch.equal(nsfp.Neighbours(points).nearest(queries), expected)
-    for chunk in (1, 1000, 2**27):
-        assert torch.equal(nsfp.nearest_by_brute_force(queries, points, chunk), expected)
+    for chunk in (1, 1000, 2**26):
+        assert torch.equal(nsfp.nearest_by_brute_force(queries, points, chunk=chunk), expected)
 
 
 def test_a_query_with_no_neighbour_in_reach_gets_the_row_after_the_last():
-    neighbours = nsfp.Neighbours(torch.tensor([[0.0, 0, 0], [5, 0, 0]]))
-    assert neighbours.nearest(torch.tensor([[4.0, 0, 0], [2.4, 0, 0]]), max_distance=1.41).tolist() == [1, 2]
+    points, queries = torch.tensor([[0.0, 0, 0], [5, 0, 0]]), torch.tensor([[4.0, 0, 0], [2.4, 0, 0]])
+    assert nsfp.Neighbours(points).nearest(queries, max_distance=1.41).tolist() == [1, 2]
+    assert nsfp.nearest_by_brute_force(queries, points, max_distance=1.41).tolist() == [1, 2]
 
 
 # --- The fit ---------------------------------------------------------------------------------------------------------
@@ -120,8 +121,40 @@ def test_published_settings_are_the_papers():
     assert settings.cycle and settings.input_scale == 1 and not settings.batch_points and not settings.cosine
 
 
+def test_early_stopping_counts_iterations_as_published(monkeypatch):
+    """The loss is 3, 2, then stays: with a patience of 4, iterations 0 to 5 are run, and no more."""
+    losses, calls = iter([3.0, 2.0] + [2.0 - 4e-5] * 50), []
+
+    def chamfer(a, b, truncation_sq):
+        if len(calls) % 2 == 0:  # the forward loss; the way back adds nothing
+            calls.append(next(losses))
+            return calls[-1] + 0 * a.sum()
+        calls.append(0.0)
+        return 0 * a.sum()
+
+    monkeypatch.setattr(nsfp, "truncated_chamfer", chamfer)
+    nsfp.estimate_flow(*clouds(5, 5), dataclasses.replace(TEACHERS["published"], patience=4, iterations=50))
+    assert len(calls) // 2 == 6
+
+
+def test_the_fast_teachers_rate_warms_up_and_falls_as_a_cosine():
+    settings = dataclasses.replace(TEACHERS["fast"], iterations=100, learning_rate=1.0)
+    rates = [nsfp._learning_rate(i, settings) for i in (0, 4, 50, 99)]
+    assert rates == pytest.approx([0.2, 0.9961, 0.5, 0.0002467], rel=1e-3)
+    assert nsfp._learning_rate(99, TEACHERS["published"]) == 8e-3
+
+
+def test_the_input_scale_is_one_of_metres():
+    torch.manual_seed(0)
+    prior, points = nsfp.NeuralPrior(16, 2, input_scale=0.3), clouds(20)[0]
+    same = nsfp.NeuralPrior(16, 2, input_scale=1.0)
+    same.load_state_dict(prior.state_dict())
+    torch.testing.assert_close(prior(points), same(0.3 * points))
+    assert not torch.allclose(prior(points), same(points))
+
+
 QUICK = {  # either teacher, so short that a test can wait for it
-    "fast": dataclasses.replace(TEACHERS["fast"], batch_points=256, iterations=150),
+    "fast": dataclasses.replace(TEACHERS["fast"], batch_points=256, iterations=300),
     "published": dataclasses.replace(TEACHERS["published"], iterations=150),
 }
 
@@ -173,6 +206,21 @@ def test_clouds_of_no_or_few_points_get_a_flow(teacher, n, m):
     flow = nsfp.estimate_flow(pc0, pc1, dataclasses.replace(QUICK[teacher], iterations=3))
     assert flow.shape == (n, 3) and flow.isfinite().all()
     assert m or not flow.any()
+
+
+def test_patience_needs_all_points():
+    with pytest.raises(ValueError, match="patience keeps the best flow of all points; it needs batch_points=0"):
+        nsfp.estimate_flow(*clouds(), dataclasses.replace(TEACHERS["fast"], patience=5))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_finds_the_same_neighbours_and_nearly_the_same_flow():
+    pc0, pc1 = clouds(500, 400)
+    nearest = nsfp.Neighbours(pc1.cuda()).nearest(pc0.cuda(), max_distance=1.0)
+    assert torch.equal(nearest.cpu(), nsfp.Neighbours(pc1).nearest(pc0, max_distance=1.0))
+    settings = dataclasses.replace(TEACHERS["published"], iterations=5)
+    on_gpu = nsfp.estimate_flow(pc0.cuda(), pc1.cuda(), settings).cpu()
+    torch.testing.assert_close(on_gpu, nsfp.estimate_flow(pc0, pc1, settings), atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize(

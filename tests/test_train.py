@@ -15,25 +15,58 @@ QUICK_TEACHER = dataclasses.replace(nsfp.TEACHERS["fast"], hidden_channels=16, b
 
 
 def samples_that_move(n: int = 2) -> list[tuple[torch.Tensor, ...]]:
-    """Clouds that go half a metre ahead, and labels that say so."""
+    """Blocks of points: those on the left go ahead by half a metre, those on the right back, and labels say so."""
     generator = torch.Generator().manual_seed(0)
-    motion = torch.tensor([0.5, 0.0, 0.0])
-    clouds = [20 * (2 * torch.rand(400, 3, generator=generator) - 1) * torch.tensor([1, 1, 0.1]) for _ in range(n)]
-    return [(pc, pc + motion, motion.expand(400, 3), torch.ones(400, dtype=torch.bool)) for pc in clouds]
+    samples = []
+    for _ in range(n):
+        pc0 = (20 * (2 * torch.rand(400, 3, generator=generator) - 1) * torch.tensor([1, 1, 0.1])).round()
+        label = torch.tensor([0.5, 0.0, 0.0]) * pc0[:, 1:2].sign()
+        samples.append((pc0, pc0 + label, label, torch.ones(400, dtype=torch.bool)))
+    return samples
 
 
 def test_a_student_learns_what_its_labels_say_and_a_seed_repeats_it():
-    settings = train.TrainSettings(steps=30, device="cpu", learning_rate=1e-2, clip_norm=5.0)
+    settings = train.TrainSettings(steps=40, device="cpu", learning_rate=1e-2, clip_norm=5.0)
     samples = samples_that_move()
-    before = fastflow3d.FastFlow3D(fastflow3d.MODELS["narrow"]).eval()
     model, again = train.train(samples, settings).eval(), train.train(samples, settings).eval()
-    other = train.train(samples, dataclasses.replace(settings, seed=1)).eval()
     pc0, pc1, label, _ = samples[0]
     with torch.no_grad():
-        error = {m: (m([pc0], [pc1])[0][0] - label).norm(dim=1).mean() for m in (before, model)}
-        assert error[model] < 0.5 * error[before]
-        assert torch.equal(model([pc0], [pc1])[0][0], again([pc0], [pc1])[0][0])
-        assert not torch.equal(model([pc0], [pc1])[0][0], other([pc0], [pc1])[0][0])
+        flow = model([pc0], [pc1])[0][0]
+        assert (flow - label).norm(dim=1).mean() < 0.5 * label.norm(dim=1).mean()  # half of no motion's
+        assert torch.equal(flow, again([pc0], [pc1])[0][0])
+    quick = dataclasses.replace(settings, steps=1)
+    first, other = (train.train(samples, dataclasses.replace(quick, seed=seed)).state_dict() for seed in (0, 1))
+    assert not torch.equal(first["head.decoder.0.weight"], other["head.decoder.0.weight"])
+
+
+def test_each_step_has_the_weight_the_mask_and_the_rate_that_the_settings_say(monkeypatch):
+    """Speed weight for the first part of the steps; only rows with a label and in the grid."""
+    seen = []
+
+    def loss(flows, labels, masks, weight):
+        seen.append((weight, [int(mask.sum()) for mask in masks]))
+        return distillation_loss(flows, labels, masks, weight)
+
+    distillation_loss = zeroflow.distillation_loss
+    monkeypatch.setattr(zeroflow, "distillation_loss", loss)
+    ((pc0, pc1, label, has_flow),) = samples_that_move(1)
+    pc0[:30] += 1000  # out of the grid
+    has_flow[380:] = False
+    settings = train.TrainSettings(steps=4, device="cpu", speed_weight="published", weighted_share=0.75)
+    train.train([(pc0, pc1, label, has_flow)], settings)
+    assert seen == [("published", [350])] * 3 + [("none", [350])]
+    rates = [train.learning_rate(step, dataclasses.replace(settings, steps=100)) for step in (0, 4, 50, 99)]
+    assert rates == pytest.approx([2e-3 * share for share in (0.2, 0.99606, 0.5, 0.0002467)], rel=1e-3)
+
+
+def test_without_clipping_gradients_are_as_they_are():
+    still, moved = (
+        train.train(
+            samples_that_move(1), train.TrainSettings(steps=1, device="cpu", clip_norm=clip, learning_rate=rate)
+        )
+        for clip, rate in ((0.0, 1e-30), (0.0, 1e-2))
+    )
+    assert not torch.equal(still.state_dict()["head.decoder.0.weight"], moved.state_dict()["head.decoder.0.weight"])
 
 
 def test_batches_come_in_the_number_asked_for_and_show_every_sample_once_an_epoch():
@@ -55,9 +88,21 @@ def test_samples_are_the_rows_that_are_not_ground_with_their_own_labels(tmp_path
     assert torch.equal(label, stored.flow[~pair.is_ground0]) and torch.equal(
         has_flow, stored.has_flow[~pair.is_ground0]
     )
-    zeroflow.label_path(tmp_path, street.keys[2]).unlink()
-    with pytest.raises(data.DataError, match=r"1 of 4 labels are missing, .*\.feather first; run"):
+
+
+def test_a_pair_without_a_label_is_left_out_and_no_label_at_all_is_an_error(tmp_path, street, capsys):
+    with pytest.raises(data.DataError, match="no label for any of 4 pairs; run"):
         train.LabelledPairs(street, tmp_path)
+    zeroflow.label_dataset(street, tmp_path, QUICK_TEACHER, workers=1)
+    capsys.readouterr()
+    zeroflow.label_path(tmp_path, street.keys[1]).unlink()
+    pairs = train.LabelledPairs(street, tmp_path)
+    assert f"1 of 4 pairs have no label and are left out, {zeroflow.label_path(tmp_path, street.keys[1])}" in (
+        capsys.readouterr().err
+    )
+    assert len(pairs) == 3
+    assert torch.equal(pairs[1][0], street[2].pc0[~street[2].is_ground0])  # row 1 is now pair 2, with pair 2's label
+    assert torch.equal(pairs[1][2], zeroflow.read_label(tmp_path, street.keys[2]).flow[~street[2].is_ground0])
 
 
 def test_the_whole_method_on_a_tiny_street(tmp_path, monkeypatch, capsys):
@@ -103,6 +148,10 @@ def test_training_on_logs_and_labels_of_ones_own(tmp_path, street_folder, street
         (["--model", "huge"], "--model 'huge': choose one of normal, xl, narrow"),
         (["--data", "somewhere"], "--data and --labels go together"),
         (["--val", "somewhere"], "--val needs --data and --labels"),
+        (["--steps", "0"], "--steps 0 --pairs-per-step 1: both must be positive"),
+        (["--speed-weight", "fast"], "--speed-weight 'fast': choose formula, published or none"),
+        (["--out", "/"], "--out /: is a folder"),
+        (["--device", "tpu"], "--device 'tpu': choose cpu"),
         (["--data", "/no/such/folder", "--labels", "labels"], "/no/such/folder: no such folder"),
     ],
 )
