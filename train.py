@@ -118,8 +118,9 @@ def run(settings: TrainSettings) -> dict[str, dict[str, float]]:
         again = zeroflow.from_teacher(STREET_TEACHER)
         rows["teacher"]["seconds_per_pair"] = statistics.median(again(test_set[index])[1] for index in range(3))
     torch.set_num_threads(threads)
-    where = f"{len(test_set)} pairs of {settings.val or 'logs of the street that the student never saw'}"
-    print(f"\n{where}; errors in metres; one CPU thread, but the student on {settings.device}")
+    where = settings.val or "the street, of logs that the student never saw"
+    print(f"\n{len(test_set)} pairs of {where}; errors in metres, times of one CPU thread", end="")
+    print("" if settings.device == "cpu" else f", the student's of {settings.device}")
     print(zeroflow.table(rows))
     if "teacher" in rows:
         ratio = rows["teacher"]["seconds_per_pair"] / rows["student"]["seconds_per_pair"]
