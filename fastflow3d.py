@@ -247,7 +247,8 @@ class PointHead(nn.Module):
         self, images: torch.Tensor, motion: torch.Tensor, cell: torch.Tensor, offset: torch.Tensor
     ) -> torch.Tensor:
         """images, motion (2C, Y, X); cell (N,); offset (N, 3) -> flow (N, 3) in metres."""
-        per_point = [picture.flatten(1).T[cell] for picture in (images, motion)]  # 2 x (N, 2C)
+        # index_select, since the gradient of [cell] adds up in whatever order the threads come.
+        per_point = [picture.flatten(1).T.index_select(0, cell) for picture in (images, motion)]  # 2 x (N, 2C)
         return self.decoder(torch.cat([*per_point, offset], dim=1))
 
 

@@ -222,6 +222,17 @@ def test_in_training_the_statistics_are_taken_per_frame_and_per_cloud():
     assert model.backbone.encoder_step_1[0].batchnorm.num_batches_tracked == 2  # two frames
 
 
+def test_gradients_are_the_same_each_time_whatever_the_threads_do():
+    """Many points in few cells: a sum in the order in which threads come differs in the last digit."""
+    pc0, pc1 = cloud(20_000), cloud(20_000, seed=1)
+    gradients = []
+    for _ in range(4):
+        model = seeded_model().train()
+        model([pc0], [pc1])[0][0].square().sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
+
+
 def test_running_statistics_see_sweep_0_first():
     """In the pillar net and in the U-Net: one step is two updates by hand, with sweep 0's mean and then sweep 1's."""
     model, pc0, pc1 = seeded_model().train(), cloud(300), cloud(250, half=3.0, seed=6)
