@@ -10,7 +10,7 @@ A point with a NaN coordinate or outside the grid gets flow 0 and False in `is_i
 Everything is as ZeroFlow's published code computes it, since its weights are what people have, and the names in
 `state_dict()` are those of the published files without their prefix `model.`.
 
-On a GPU, torch's default TF32 convolutions keep 10 bits: for parity at 1e-4 set `torch.backends.cudnn.allow_tf32 = False`.
+On a GPU, torch's convolutions are TF32 by default; for parity at 1e-4 set `torch.backends.cudnn.allow_tf32 = False`.
 
 This file needs torch, and none of its siblings.
 """
