@@ -34,11 +34,7 @@ class FastFlow3DSettings:
     half_extent_m: tuple[float, float, float] = (51.2, 51.2, 3.0)  # the grid is [-half, half) in x, y, z
     cell_m: float = 0.2  # side of a pillar
     pillar_channels: int = 32
-    level_channels: tuple[int, ...] = (
-        64,
-        128,
-        256,
-    )  # of the U-Net's encoder; each level has half the resolution of the last
+    level_channels: tuple[int, ...] = (64, 128, 256)  # of the U-Net's encoder; each level halves the resolution
     level_blocks: tuple[int, ...] = (4, 6, 6)
     head_channels: int = 32
 
