@@ -22,12 +22,13 @@ import hashlib
 import json
 import math
 import multiprocessing
+import multiprocessing.connection
 import os
+import signal
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,7 +52,7 @@ class Label:
     """A teacher's flow for one pair, as it lies on disk.
 
     flow (N0, 3) float32 metres, residual, 0 where there is none; has_flow (N0,) bool: not ground and in the grid.
-    loss: truncated Chamfer distance (m², both ways) of the moved points to sweep 1, comparable between teachers.
+    loss: mean truncated squared distance (m²) of the moved points to sweep 1, comparable between teachers.
     """
 
     key: PairKey
@@ -65,20 +66,27 @@ class Label:
 _FLOW_COLUMNS = ("flow_tx_m", "flow_ty_m", "flow_tz_m")
 
 
-def make_label(pair: SweepPair, settings: nsfp.NSFPSettings, device: str = "cpu") -> Label:
-    """Run the teacher on the points of the pair that are not ground and lie in the student's grid."""
+def make_labels(pairs: Sequence[SweepPair], settings: nsfp.NSFPSettings, device: str = "cpu") -> list[Label]:
+    """Run the teacher on the points of each pair that are not ground and lie in the student's grid.
+
+    A fit that diverged gives a label whose flow is not finite.
+    """
     start = time.perf_counter()
-    has_flow, is_target = input_masks(pair)
-    pc0, pc1 = pair.pc0[has_flow].to(device), pair.pc1[is_target].to(device)
-    estimate = nsfp.estimate_flow(pc0, pc1, settings)
-    flow = torch.zeros_like(pair.pc0)
-    flow[has_flow] = estimate.cpu()
-    if not flow.isfinite().all():
-        raise DataError(f"{tuple(pair.key)}: the fit diverged; try a smaller learning rate or another seed")
-    seconds = time.perf_counter() - start
-    is_empty = len(pc0) == 0 or len(pc1) == 0
-    loss = 0.0 if is_empty else nsfp.truncated_chamfer(pc0 + estimate, pc1, settings.truncation_sq).item()
-    return Label(pair.key, flow, has_flow, dataclasses.asdict(settings), loss, seconds)
+    masks = [input_masks(pair) for pair in pairs]
+    pc0s = [pair.pc0[has_flow].to(device) for pair, (has_flow, _) in zip(pairs, masks, strict=True)]
+    pc1s = [pair.pc1[is_target].to(device) for pair, (_, is_target) in zip(pairs, masks, strict=True)]
+    estimates = [estimate.cpu() for estimate in nsfp.estimate_flows(pc0s, pc1s, settings)]
+    seconds = (time.perf_counter() - start) / max(1, len(pairs))
+    labels = []
+    for pair, (has_flow, _), pc0, pc1, estimate in zip(pairs, masks, pc0s, pc1s, estimates, strict=True):
+        flow = torch.zeros_like(pair.pc0)
+        flow[has_flow] = estimate
+        loss = 0.0
+        if len(pc0) and len(pc1):
+            target = nsfp.Neighbours(pc1)
+            loss = nsfp.truncated_sq_distance(pc0 + estimate.to(device), target, settings.truncation_sq).mean().item()
+        labels.append(Label(pair.key, flow, has_flow, dataclasses.asdict(settings), loss, seconds))
+    return labels
 
 
 def input_masks(pair: SweepPair) -> tuple[torch.Tensor, torch.Tensor]:
@@ -155,16 +163,23 @@ def atomic_file(path: Path) -> Iterator:
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
+    except OSError as error:
+        raise OSError(
+            error.errno, f"cannot be written ({error.strerror}); what was there is unchanged", str(path)
+        ) from error
     finally:
-        unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
 
 
 # --- Labelling many pairs --------------------------------------------------------------------------------------------
 
+PAIRS_AT_ONCE = {"cpu": 1, "cuda": 16}  # fitted side by side by one process
+
 
 @dataclass(frozen=True)
 class LabelCount:
-    """What a run of `label_dataset` did: labels made, labels found whole, and (pair, reason) of those that failed."""
+    """What a run of `label_dataset` did: labels made, labels found whole, and (pair, reason) of those set aside."""
 
     made: int
     found: int
@@ -177,26 +192,95 @@ def label_dataset(
     settings: nsfp.NSFPSettings,
     workers: int = 0,
     device: str = "cpu",
+    shard: tuple[int, int] = (0, 1),
+    max_broken: float = 0.05,
 ) -> LabelCount:
-    """Make the labels that are missing or torn. One process and one thread a pair; workers 0 means one a core.
+    """Make those labels of shard i of n that are missing or torn. workers: processes, one thread each; 0: one a core.
 
-    A pair that cannot be read is passed over and reported. Raises DataError if the folder holds other settings' labels.
+    A pair that cannot be read or fitted, or whose process dies, is set aside with the reason, and tried again by the
+    next run. Raises DataError if the folder holds other settings' labels, or if more than a share of `max_broken` of
+    the pairs tried (counted as 100 at least) is broken; OSError where a label cannot be written: then none could.
     """
+    claim_folder(labels, settings)
     wanted = settings_hash(dataclasses.asdict(settings))
-    missing = [i for i, key in enumerate(dataset.keys) if not _has_label(labels, key, wanted)]
-    workers = min(workers or usable_cores(), len(missing)) if device == "cpu" else 1
-    failed = []
-    with _pair_pool(dataset, labels, settings, device, workers) as run:
-        progress = tqdm(run(missing), total=len(missing), desc="teacher", unit="pair", disable=not missing)
-        for index, error in zip(missing, progress, strict=True):
-            if error is not None:
-                failed.append((dataset.keys[index], error))
-    return LabelCount(len(missing) - len(failed), len(dataset) - len(missing), failed)
+    mine = [i for i, key in enumerate(dataset.keys) if shard_of(key, shard[1]) == shard[0]]
+    missing = [i for i in mine if not _has_label(labels, dataset.keys[i], wanted)]
+    at_once = PAIRS_AT_ONCE[torch.device(device).type]
+    chunks = [missing[i : i + at_once] for i in range(0, len(missing), at_once)]
+    workers = min(workers or usable_cores(), len(chunks))
+    failed, tried = [], 0
+    name = "teacher" if shard[1] == 1 else f"teacher {shard[0]}/{shard[1]}"
+    with tqdm(total=len(missing), desc=name, unit="pair", disable=not missing) as progress:
+        for chunk, errors in _in_processes(chunks, workers, (dataset, labels, settings, device)):
+            for index, error in zip(chunk, errors, strict=True):
+                if error is not None:
+                    failed.append((dataset.keys[index], error))
+                    _set_aside(labels, *failed[-1])
+            tried += len(chunk)
+            progress.update(len(chunk))
+            if len(failed) > max_broken * max(100, tried):
+                raise DataError(
+                    f"{len(failed)} of {tried} pairs could not be labelled, more than a share of {max_broken}; "
+                    f"the first, {tuple(failed[0][0])}: {failed[0][1]}; mend the data, or allow more with --max-broken"
+                )
+    return LabelCount(len(missing) - len(failed), len(mine) - len(missing), failed)
+
+
+def claim_folder(labels: str | Path, settings: nsfp.NSFPSettings) -> None:
+    """Write the teacher's settings into a new folder of labels, or raise DataError if it has been given others."""
+    file, wanted = Path(labels) / "settings.json", dataclasses.asdict(settings)
+    for left_over in Path(labels).glob("*/.*.tmp"):
+        if time.time() - left_over.stat().st_mtime > 3600:  # of a process that was killed: nobody writes for so long
+            left_over.unlink(missing_ok=True)
+    if not file.exists():
+        with atomic_file(file) as out:
+            out.write(json.dumps(wanted, indent=2).encode())
+    found = folder_settings(labels)
+    names = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
+    if names:
+        differences = ", ".join(f"{name} {found.get(name)!r} there, {wanted.get(name)!r} here" for name in names)
+        raise DataError(f"{labels}: holds labels of other settings ({differences}); choose another folder")
+
+
+def folder_settings(labels: str | Path) -> dict:
+    """The settings that a folder's labels were made with."""
+    file = Path(labels) / "settings.json"
+    try:
+        settings = json.loads(file.read_text())
+    except ValueError as error:
+        raise DataError(f"{file}: is no JSON ({error}); restore it, or label into another folder") from error
+    if not isinstance(settings, dict):
+        raise DataError(f"{file}: holds no settings; restore it, or label into another folder")
+    return settings
+
+
+def shard_of(key: PairKey, shards: int) -> int:
+    """0 ... shards - 1: the shard of a pair, the same on every machine, whatever else the data set holds."""
+    digest = hashlib.sha256(f"{key.log_id}/{key.timestamp0_ns}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") % shards
+
+
+def chosen_shard(text: str = "", environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
+    """(i, n) of `--shard i/n`, else torchrun's RANK and WORLD_SIZE, else a SLURM array's, else (0, 1): everything."""
+    where = f"--shard {text}"
+    if text:
+        shard, _, shards = text.partition("/")
+    elif "RANK" in environment and "WORLD_SIZE" in environment:
+        shard, shards, where = environment["RANK"], environment["WORLD_SIZE"], "RANK/WORLD_SIZE"
+    elif "SLURM_ARRAY_TASK_ID" in environment:
+        shard, shards = environment["SLURM_ARRAY_TASK_ID"], environment.get("SLURM_ARRAY_TASK_COUNT", "")
+        where = "SLURM_ARRAY_TASK_ID/SLURM_ARRAY_TASK_COUNT"
+    else:
+        return 0, 1
+    if not (shard.isdecimal() and shards.isdecimal() and int(shard) < int(shards)):
+        raise DataError(f"{where}: {shard!r} of {shards!r} is no shard; shards are 0/n ... n-1/n, so say --shard i/n")
+    return int(shard), int(shards)
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on, which a cluster's scheduler may have made fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    """Cores for this process: those a scheduler lets it run on, shared with torchrun's other ranks on this machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def _has_label(labels: str | Path, key: PairKey, wanted: str) -> bool:
@@ -208,41 +292,129 @@ def _has_label(labels: str | Path, key: PairKey, wanted: str) -> bool:
     except DataError:
         return False
     if found != wanted:
-        raise DataError(f"{labels}: holds labels of other settings ({found}, wanted {wanted}); choose another folder")
+        raise DataError(
+            f"{label_path(labels, key)}: is of other settings than its folder's settings.json; move it away"
+        )
     return True
 
 
-@contextlib.contextmanager
-def _pair_pool(dataset, labels, settings, device: str, workers: int) -> Iterator[Callable]:
-    """Something that maps indices of pairs to errors (None where the label was written), in this or other processes."""
-    state = (dataset, labels, settings, device)
-    if workers <= 1:
-        threads = torch.get_num_threads()
-        _start_worker(*state)
+def _broken_path(labels: str | Path, key: PairKey) -> Path:
+    return label_path(labels, key).with_suffix(".broken.json")
+
+
+def _set_aside(labels: str | Path, key: PairKey, reason: str) -> None:
+    with atomic_file(_broken_path(labels, key)) as file:
+        file.write(json.dumps({**key._asdict(), "reason": reason}, indent=2).encode())
+
+
+def _label_chunk(chunk: Sequence[int], dataset, labels, settings, device) -> list[str | None]:
+    """Write the labels of some pairs. For each of them what was wrong with it, None if nothing was."""
+    errors, pairs = dict.fromkeys(chunk), {}
+    for index in chunk:
         try:
-            yield lambda indices: map(_label_one, indices)
-        finally:
-            torch.set_num_threads(threads)
-    else:
-        # "spawn", since a forked copy of a process whose torch has run threads may hang.
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=state) as pool:
-            yield lambda indices: pool.map(_label_one, indices)
+            pairs[index] = dataset[index]
+        except (ValueError, OSError) as error:  # a file that cannot be read
+            errors[index] = str(error)
+    for index, label in zip(pairs, make_labels(list(pairs.values()), settings, device), strict=True):
+        if label.flow.isfinite().all():
+            write_label(labels, label)
+            _broken_path(labels, label.key).unlink(missing_ok=True)
+        else:
+            errors[index] = f"{tuple(label.key)}: the fit diverged; try a smaller learning rate or another seed"
+    return list(errors.values())
 
 
-def _start_worker(*state) -> None:
-    global _worker_state
-    _worker_state = state
-    torch.set_num_threads(1)  # the matrices are too small to gain from a second
+def _in_processes(chunks: Sequence[Sequence[int]], workers: int, state: tuple) -> Iterator[tuple[Sequence[int], list]]:
+    """Yield (chunk, result of `_label_chunk`) as they are done, in `workers` processes, or in this one if it is one.
 
+    Each process has a pipe of its own, so that when one dies (out of memory, killed) it is known which chunk it had:
+    that one is reported, and another process goes on with the rest. No standard pool does this.
+    """
+    if workers <= 1:
+        with one_thread():
+            for chunk in chunks:
+                yield chunk, _label_chunk(chunk, *state)
+        return
+    context = multiprocessing.get_context("spawn")  # a forked copy of a process whose torch has run threads may hang
+    waiting, crew, busy = iter(chunks), [], {}  # busy: pipe -> (its process, its chunk)
 
-def _label_one(index: int) -> str | None:
-    dataset, labels, settings, device = _worker_state
+    def hand_next_chunk_to(pipe=None, process=None) -> None:
+        chunk = next(waiting, None)
+        if chunk is None:
+            return
+        if process is None:
+            pipe, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(theirs, state), daemon=True)
+            process.start()
+            crew.append(process)
+            theirs.close()  # so that the pipe ends when the process does
+        busy[pipe] = process, chunk
+        with contextlib.suppress(BrokenPipeError):  # it has died meanwhile: `recv` will tell
+            pipe.send(chunk)
+
     try:
-        write_label(labels, make_label(dataset[index], settings, device))
-    except (ValueError, OSError) as error:  # a file that cannot be read or written, a fit that diverged
-        return str(error)
-    return None
+        for _ in range(workers):
+            hand_next_chunk_to()
+        while busy:
+            for pipe in multiprocessing.connection.wait(list(busy)):
+                process, chunk = busy.pop(pipe)
+                try:
+                    result = pipe.recv()
+                except (EOFError, ConnectionResetError):
+                    process.join()
+                    died = f"its process died (exit code {process.exitcode}; -9: killed, often for want of memory)"
+                    result, pipe, process = [died] * len(chunk), None, None
+                if isinstance(result, Exception):
+                    raise result
+                hand_next_chunk_to(pipe, process)
+                yield chunk, result
+    finally:
+        for process in crew:
+            process.kill()
+
+
+def _work(pipe, state: tuple) -> None:
+    """What a process of `_in_processes` does, until the pipe ends: take a chunk, give its result or an exception."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to handle
+    torch.set_num_threads(1)
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        while True:
+            chunk = pipe.recv()
+            try:
+                result = _label_chunk(chunk, *state)
+            except Exception as error:  # a label that cannot be written, or a mistake of ours: the run stops with it
+                result = error
+            pipe.send(result)
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """torch with one thread: the teacher's matrices are too small to gain from a second."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def label_status(dataset: data.Argoverse2Pairs, labels: str | Path) -> tuple[dict[str, list[PairKey]], list[float]]:
+    """The pairs by the state of their label ("made", "missing", "torn", "set aside"), and the seconds of those made."""
+    states, seconds = {"made": [], "missing": [], "torn": [], "set aside": []}, []
+    wanted = settings_hash(folder_settings(labels))
+    for key in tqdm(dataset.keys, desc="check", unit="label", disable=len(dataset) < 1000):
+        if label_path(labels, key).exists():
+            try:
+                label = read_label(labels, key)
+                state = "made" if settings_hash(label.settings) == wanted else "torn"
+            except DataError:
+                state = "torn"
+            if state == "made":
+                seconds.append(label.seconds)
+        else:
+            state = "set aside" if _broken_path(labels, key).exists() else "missing"
+        states[state].append(key)
+    return states, seconds
 
 
 # --- The loss --------------------------------------------------------------------------------------------------------
@@ -437,7 +609,9 @@ def from_teacher(settings: nsfp.NSFPSettings, device: str = "cpu") -> Estimator:
     """The teacher itself, run anew on every pair."""
 
     def estimator(pair: SweepPair) -> tuple[torch.Tensor, float]:
-        label = make_label(pair, settings, device)
+        label = make_labels([pair], settings, device)[0]
+        if not label.flow.isfinite().all():
+            raise DataError(f"{tuple(pair.key)}: the fit diverged; try a smaller learning rate or another seed")
         return label.flow, label.seconds
 
     return estimator
@@ -492,7 +666,10 @@ def add_settings(parser: argparse.ArgumentParser, settings_class: type) -> None:
 def chosen_settings(arguments: argparse.Namespace, base):
     """`base` with the fields that were given on the command line."""
     given = {field.name: getattr(arguments, field.name, None) for field in dataclasses.fields(base)}
-    return dataclasses.replace(base, **{name: value for name, value in given.items() if value is not None})
+    try:
+        return dataclasses.replace(base, **{name: value for name, value in given.items() if value is not None})
+    except ValueError as error:  # settings that do not go together
+        raise DataError(error) from error
 
 
 def _parse_bool(text: str) -> bool:
@@ -527,14 +704,45 @@ def _label(arguments: argparse.Namespace) -> int:
     settings = chosen_settings(arguments, nsfp.TEACHERS[arguments.teacher])
     print(f"settings: {settings}")
     check_device(arguments.device)
+    shard, device = chosen_shard(arguments.shard), arguments.device
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
     dataset = open_and_tell(arguments.data, true_flow=False)
     start = time.perf_counter()
-    count = label_dataset(dataset, arguments.labels, settings, arguments.workers, arguments.device)
+    count = label_dataset(
+        dataset, arguments.labels, settings, arguments.workers, device, shard, max_broken=arguments.max_broken
+    )
     for key, reason in count.failed:
         print(f"no label for {tuple(key)}: {reason}", file=sys.stderr)
     made = f"{count.made} labels made in {(time.perf_counter() - start) / 60:.1f} min"
-    print(f"{arguments.labels}: {made}, {count.found} found, {len(count.failed)} failed")
-    return 1 if count.failed else 0
+    print(
+        f"{arguments.labels}, shard {shard[0]}/{shard[1]}: {made}, {count.found} found, {len(count.failed)} set aside",
+        flush=True,
+    )
+    # torchrun stops all ranks as soon as one fails: there a pair set aside must not cost the others their work.
+    return 1 if count.failed and "TORCHELASTIC_RUN_ID" not in os.environ else 0
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    dataset = open_and_tell(arguments.data, true_flow=False)
+    if not (Path(arguments.labels) / "settings.json").exists():
+        raise DataError(f"{arguments.labels}: is no folder of labels; make it with `python zeroflow.py label`")
+    states, seconds = label_status(dataset, arguments.labels)
+    counts = ", ".join(f"{len(keys)} {state}" for state, keys in states.items())
+    for key in states["set aside"]:
+        print(f"set aside: {tuple(key)}: {json.loads(_broken_path(arguments.labels, key).read_text())['reason']}")
+    for key in states["torn"]:
+        print(f"torn: {label_path(arguments.labels, key)}")
+    to_make = states["missing"] + states["torn"]
+    again = sorted({shard_of(key, arguments.shards) for key in to_make})
+    if again:
+        print("run again:", " ".join(f"--shard {shard}/{arguments.shards}" for shard in again))
+    if to_make and seconds:
+        hours = len(to_make) * float(np.mean(seconds)) / 3600
+        price = f", {hours * arguments.price:.2f} $" if arguments.price else ""
+        print(f"left: {hours:.2f} hours of one worker, at {np.mean(seconds):.2f} s a pair{price}")
+    print(f"{arguments.labels}: {counts}, of {len(dataset)} pairs")
+    return 0 if len(states["made"]) == len(dataset) else 1
 
 
 def open_and_tell(path: str, true_flow: bool = True) -> data.Argoverse2Pairs:
@@ -605,7 +813,28 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--teacher", choices=nsfp.TEACHERS, default="fast", help="(default: %(default)s)")
     sub.add_argument("--workers", type=int, default=0, help="processes, one thread each (default: one a core)")
     sub.add_argument("--device", default=default_device(), help="cpu or cuda (default here: %(default)s)")
+    sub.add_argument(
+        "--shard", default="", metavar="I/N", help="part I of 0 ... N-1 (default: torchrun's rank, SLURM's array, all)"
+    )
+    sub.add_argument(
+        "--max-broken",
+        type=float,
+        default=0.05,
+        metavar="SHARE",
+        help="stop when more of the pairs tried (counted as 100 at least) are broken (default: %(default)s)",
+    )
     add_settings(sub, nsfp.NSFPSettings)
+
+    sub = command(
+        "status",
+        _status,
+        "count the labels made, missing, torn and set aside; exit status 0 if all are made",
+        "--data av2/train --labels labels --shards 16 --price 2.5",
+    )
+    sub.add_argument("--data", required=True, help="a split (folder of logs) or one log")
+    sub.add_argument("--labels", required=True, help="a folder that `label` writes")
+    sub.add_argument("--shards", type=int, default=1, help="name those of so many shards that are to be run again")
+    sub.add_argument("--price", type=float, default=0.0, help="dollars an hour of one worker (a core, or a GPU)")
 
     sub = command("evaluate", _evaluate, "compare flow with the truth", "--data av2/val --checkpoint student.pt")
     sub.add_argument("--data", required=True, help="a split (folder of logs) or one log, with annotations")

@@ -6,6 +6,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from scipy.spatial.transform import Rotation
 from torch import nn
 
 import nsfp
@@ -113,12 +114,12 @@ def test_published_is_the_published_loop():
 
 def test_published_settings_are_the_papers():
     settings = TEACHERS["published"]
-    net = nsfp.NeuralPrior(settings.hidden_channels, settings.hidden_layers, settings.input_scale)
-    shapes = [tuple(p.shape) for p in net.parameters() if p.ndim == 2]
-    assert shapes == [(128, 3)] + [(128, 128)] * 7 + [(3, 128)]
+    shapes = [tuple(weight.shape) for weight in nsfp.NeuralPriors(1, settings).weights]
+    assert shapes == [(1, 3, 128)] + [(1, 128, 128)] * 7 + [(1, 128, 3)]
     assert (settings.learning_rate, settings.iterations, settings.patience) == (8e-3, 5000, 100)
     assert (settings.min_improvement, settings.truncation_sq) == (5e-5, 2.0)
     assert settings.cycle and settings.input_scale == 1 and not settings.batch_points and not settings.cosine
+    assert not settings.refine
 
 
 def test_early_stopping_counts_iterations_as_published(monkeypatch):
@@ -145,12 +146,64 @@ def test_the_fast_teachers_rate_warms_up_and_falls_as_a_cosine():
 
 
 def test_the_input_scale_is_one_of_metres():
-    torch.manual_seed(0)
-    prior, points = nsfp.NeuralPrior(16, 2, input_scale=0.3), clouds(20)[0]
-    same = nsfp.NeuralPrior(16, 2, input_scale=1.0)
-    same.load_state_dict(prior.state_dict())
+    small = dataclasses.replace(TEACHERS["fast"], hidden_channels=16, hidden_layers=2, input_scale=0.3)
+    prior = nsfp.NeuralPriors(1, small)
+    same = nsfp.NeuralPriors(1, dataclasses.replace(small, input_scale=1.0))
+    points = clouds(20)[0].expand(4, -1, -1)
     torch.testing.assert_close(prior(points), same(0.3 * points))
     assert not torch.allclose(prior(points), same(points))
+
+
+def plain_fits(pc0, pc1, settings):
+    """The priors of `fast` one after the other, as plainly as can be: nn.Sequential, dense distances, torch's Adam."""
+    torch.manual_seed(settings.seed)
+    widths = [3] + [settings.hidden_channels] * settings.hidden_layers + [3]
+    mlps = []
+    for _ in range(settings.priors):
+        layers = [
+            layer
+            for c_in, c_out in zip(widths, widths[1:], strict=False)
+            for layer in (nn.Linear(c_in, c_out), nn.ReLU())
+        ]
+        mlps.append(nn.Sequential(*layers[:-1]))
+    batches = nsfp._draw_batches([pc0], [nsfp.Neighbours(pc1)], settings)
+    for k, mlp in enumerate(mlps):
+        optimizer = torch.optim.Adam(mlp.parameters())
+        for i in range(settings.iterations):
+            points = pc0[batches[i, k]]
+            moved = points + mlp(settings.input_scale * points)
+            distance_sq = (moved[:, None] - pc1[None]).square().sum(dim=2).min(dim=1).values
+            optimizer.zero_grad()
+            torch.where(distance_sq < settings.truncation_sq, distance_sq, 0.0).mean().backward()
+            optimizer.param_groups[0]["lr"] = nsfp._learning_rate(i, settings)
+            optimizer.step()
+    return torch.stack([mlp(settings.input_scale * pc0) for mlp in mlps]).detach()
+
+
+def test_priors_side_by_side_are_priors_one_by_one():
+    """Also for two pairs at once, of different sizes. Few iterations: the fit is chaotic."""
+    settings = dataclasses.replace(TEACHERS["fast"], priors=3, batch_points=32, iterations=4, seed=4)
+    (a0, a1), (b0, b1) = clouds(60, 70, seed=1), clouds(90, 50, seed=2)
+    fitted = nsfp._fit([a0, b0], [a1, b1], settings)
+    for flows, pc0, pc1 in zip(fitted, (a0, b0), (a1, b1), strict=True):
+        expected = plain_fits(pc0, pc1, settings)
+        torch.testing.assert_close(flows, expected, atol=1e-4, rtol=0)
+        assert (expected[0] - expected[1]).norm(dim=1).mean() > 0.01, "the priors are to differ"
+    for both, alone in zip(nsfp.estimate_flows([a0, b0], [a1, b1], settings), ((a0, a1), (b0, b1)), strict=True):
+        torch.testing.assert_close(both, nsfp.estimate_flow(*alone, settings), atol=1e-4, rtol=0)
+
+
+def test_points_are_drawn_by_their_distance_to_sweep_1_within_bounds():
+    """Distances of 0, 0.1, 0.2, 1.2 and out of reach: drawn as .05 : .1 : .2 : .3 : .05."""
+    pc1 = torch.tensor([[0.0, 0, 0]])
+    pc0 = torch.tensor([[0.0, 0, 0], [0.1, 0, 0], [0, 0.2, 0], [0, 0, 1.2], [0, 0, 9]])
+    settings = dataclasses.replace(TEACHERS["fast"], iterations=100, batch_points=256, priors=4)
+    rows = nsfp._draw_batches([pc0, pc0], [nsfp.Neighbours(pc1)] * 2, settings)
+    assert rows.shape == (100, 8, 256)
+    for first, drawn in ((0, rows[:, :4]), (5, rows[:, 4:])):  # the second pair's rows come after the first's
+        share = (drawn - first).flatten().bincount() / drawn.numel()
+        expected = torch.tensor([0.05, 0.1, 0.2, 0.3, 0.05]) / 0.7
+        torch.testing.assert_close(share, expected, atol=0.01, rtol=0)
 
 
 QUICK = {  # either teacher, so short that a test can wait for it
@@ -208,9 +261,25 @@ def test_clouds_of_no_or_few_points_get_a_flow(teacher, n, m):
     assert m or not flow.any()
 
 
-def test_patience_needs_all_points():
-    with pytest.raises(ValueError, match="patience keeps the best flow of all points; it needs batch_points=0"):
-        nsfp.estimate_flow(*clouds(), dataclasses.replace(TEACHERS["fast"], patience=5))
+@pytest.mark.parametrize(
+    ("teacher", "change", "message"),
+    [
+        ("fast", {"patience": 5}, "cycle and patience look at all points; they need batch_points 0"),
+        ("fast", {"cycle": True}, "cycle and patience look at all points; they need batch_points 0"),
+        ("fast", {"refine": ""}, "of several priors, sweep 1 chooses; they need refine sweep"),
+        ("published", {"priors": 2, "refine": "sweep"}, "of several priors, sweep 1 chooses; .* and batch_points"),
+        ("fast", {"refine": "well"}, "refine 'well': choose flow, sweep or nothing"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(teacher, change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(TEACHERS[teacher], **change)
+
+
+@pytest.mark.parametrize("teacher", TEACHERS)
+def test_a_fit_that_diverges_gives_a_flow_that_says_so(teacher):
+    wild = dataclasses.replace(TEACHERS[teacher], learning_rate=1e30, iterations=10, patience=0)
+    assert not nsfp.estimate_flow(*clouds(), wild).isfinite().all()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -221,6 +290,8 @@ def test_a_gpu_finds_the_same_neighbours_and_nearly_the_same_flow():
     settings = dataclasses.replace(TEACHERS["published"], iterations=5)
     on_gpu = nsfp.estimate_flow(pc0.cuda(), pc1.cuda(), settings).cpu()
     torch.testing.assert_close(on_gpu, nsfp.estimate_flow(pc0, pc1, settings), atol=1e-3, rtol=0)
+    still = nsfp.estimate_flows([pc0.cuda()] * 3, [pc0.cuda()] * 3, dataclasses.replace(QUICK["fast"], iterations=5))
+    assert len(still) == 3 and not any(flow.any() for flow in still)
 
 
 @pytest.mark.parametrize(
@@ -234,3 +305,155 @@ def test_a_gpu_finds_the_same_neighbours_and_nearly_the_same_flow():
 def test_clouds_that_are_none_are_refused(pc0, message):
     with pytest.raises(ValueError, match=message):
         nsfp.estimate_flow(pc0, torch.zeros(4, 3))
+
+
+# --- The refinement --------------------------------------------------------------------------------------------------
+
+
+def a_turn(degrees: float, about: torch.Tensor, shift: tuple[float, float, float]) -> torch.Tensor:
+    """(3, 4) motion: a turn to the left about a place, then a shift."""
+    rotation = torch.from_numpy(Rotation.from_euler("z", degrees, degrees=True).as_matrix())
+    return torch.cat([rotation, (about - rotation @ about + torch.tensor(shift).double())[:, None]], dim=1)
+
+
+def a_box(centre: tuple[float, float, float], n: int = 400, seed: int = 0) -> torch.Tensor:
+    """Points on the sides of a small car, dense enough to be a cluster."""
+    generator = torch.Generator().manual_seed(seed)
+    points = torch.rand(n, 3, generator=generator) * 2 - 1
+    side = torch.arange(n) % 3
+    points[torch.arange(n), side] = points[torch.arange(n), side].sign()
+    return points * torch.tensor([1.0, 0.6, 0.5]) + torch.tensor(centre)
+
+
+def test_clusters_are_those_of_dbscan_by_loops():
+    generator = torch.Generator().manual_seed(0)
+    points = torch.cat(
+        [torch.rand(150, 3, generator=generator) * 2.5, torch.rand(60, 3, generator=generator) * 0.5 + 4]
+    )
+    reach, min_points = 0.35, 5
+    near = torch.cdist(points.double(), points.double()) < reach
+    is_core = near.sum(dim=1) >= min_points
+    expected, number = torch.full((210,), -1), 0
+    for start in range(210):  # flood from each core that has no number yet
+        if is_core[start] and expected[start] < 0:
+            stack = [start]
+            while stack:
+                i = stack.pop()
+                if expected[i] < 0:
+                    expected[i] = number
+                    stack += [j for j in range(210) if near[i, j] and is_core[j] and expected[j] < 0]
+            number += 1
+    found = nsfp.find_clusters(points.double(), reach, min_points)
+    assert number > 2 and is_core.any() and (~is_core).any()
+    pairs = set(zip(expected[is_core].tolist(), found[is_core].tolist(), strict=True))
+    assert len(pairs) == number == int(found.max()) + 1  # the same parts, by whatever number
+    for i in (~is_core).nonzero()[:, 0]:
+        cores = near[i] & is_core
+        assert (found[i] == -1) == (not cores.any())
+        assert found[i] == -1 or found[i] in found[cores]
+
+
+def test_rigid_motions_are_scipys_and_never_a_mirror():
+    generator = torch.Generator().manual_seed(0)
+    cluster = torch.arange(4).repeat_interleave(30)
+    points = torch.randn(120, 3, generator=generator, dtype=torch.float64) + 20
+    points[30:60, 2] = 1.0  # flat: the third axis is free, and a mirror would fit as well
+    moved = torch.randn(120, 3, generator=generator, dtype=torch.float64)  # far from rigid: some best fits mirror
+    moved[30:60] = points[30:60] @ torch.diag(torch.tensor([1.0, -1.0, 1.0]).double())
+    weight = torch.rand(120, generator=generator, dtype=torch.float64)
+    motion = nsfp.rigid_motions(points, moved, cluster, weight)
+    for c in range(4):
+        p, q, w = (x[cluster == c].numpy() for x in (points, moved, weight))
+        centre, moved_centre = np.average(p, 0, w), np.average(q, 0, w)
+        rotation, _ = Rotation.align_vectors(q - moved_centre, p - centre, w)
+        assert torch.linalg.det(motion[c, :, :3]).item() == pytest.approx(1)
+        there = (p - centre) @ rotation.as_matrix().T + moved_centre
+        mine = nsfp.move(points[cluster == c], motion, cluster[cluster == c]).numpy()
+        assert (w * ((mine - q) ** 2).sum(1)).sum() == pytest.approx((w * ((there - q) ** 2).sum(1)).sum(), rel=1e-9)
+
+
+def test_a_cluster_moves_rigidly_through_the_outliers_of_its_flow():
+    """Two boxes turn, far from the origin; 60 % of the flow of one is wrong, each point in its own way."""
+    generator = torch.Generator().manual_seed(0)
+    boxes = [a_box((40.0, 10, 0)).double(), a_box((-30.0, -5, 0), seed=1).double()]
+    motions = [a_turn(3, boxes[0].mean(0), (0.8, 0, 0)), a_turn(-4, boxes[1].mean(0), (0, 0.5, 0))]
+    noise = torch.tensor([[0.0, 30, 0]])
+    pc0 = torch.cat([*boxes, noise]).float()
+    truth = torch.cat([b @ m[:, :3].T + m[:, 3] - b for b, m in zip(boxes, motions, strict=True)]).float()
+    flow = torch.cat([truth, torch.tensor([[0.01, 0, 0]])])
+    is_wrong = torch.rand(400, generator=generator) < 0.6
+    flow[:400][is_wrong] += 0.5 + torch.rand(int(is_wrong.sum()), 3, generator=generator)
+    for sample in (0, 100):
+        settings = dataclasses.replace(TEACHERS["chodosh"], cluster_sample=sample)
+        refined = nsfp.refine_flow(pc0, flow, settings=settings)
+        assert (refined[:-1] - truth).norm(dim=1).max() < 0.001
+        assert torch.equal(refined[-1], flow[-1])  # in no cluster: as it was
+    assert refined.dtype == torch.float32 and refined.shape == pc0.shape
+
+
+def test_the_last_fit_averages_the_noise_of_the_flow():
+    """Three points of a flow with 3 cm of noise say little about a box of two metres; all of them say it to 1 cm."""
+    box = a_box((20.0, 0, 0))
+    flow = torch.tensor([0.5, 0, 0]) + 0.03 * torch.randn(400, 3, generator=torch.Generator().manual_seed(0))
+    refined = nsfp.refine_flow(box, flow, settings=TEACHERS["chodosh"])
+    assert (refined - torch.tensor([0.5, 0, 0])).norm(dim=1).max() < 0.01
+
+
+def test_a_small_motion_becomes_none_wherever_it_is():
+    """0.2 degrees move a box 50 m away by 2 cm, and the translation of that motion about the origin is 17 cm."""
+    box = a_box((50.0, 0, 0)).double()
+    centre = box.mean(0)
+    for shift, stands in ((0.045, True), (0.055, False)):
+        motion = a_turn(0.2, centre, (shift, 0.0, 0.0))
+        assert motion[:, 3].norm() > 0.1
+        flow = (box @ motion[:, :3].T + motion[:, 3] - box).float()
+        refined = nsfp.refine_flow(box.float(), flow, settings=TEACHERS["chodosh"])
+        assert (not refined.any()) == stands
+        torch.testing.assert_close(refined, torch.zeros_like(flow) if stands else flow, atol=1e-5, rtol=0)
+
+
+def test_sweep_1_chooses_the_candidate_and_draws_it_home():
+    """Two boxes; one candidate is nearly right about the first, the other about the second; the third says nonsense."""
+    boxes = [a_box((10.0, 0, 0)), a_box((0.0, 15, 0), seed=1)]
+    pc0, truth = torch.cat(boxes), torch.zeros(800, 3)
+    truth[:400, 0], truth[400:, 1] = 0.9, -0.7
+    pc1 = pc0 + truth
+    nonsense = torch.randn(800, 3, generator=torch.Generator().manual_seed(0))
+    first, second = nonsense.clone(), nonsense.clone()
+    first[:400] = truth[:400] + torch.tensor([0.1, 0.05, 0.0])
+    second[400:] = truth[400:] + torch.tensor([0.0, -0.1, 0.03])
+    refined = nsfp.refine_flow(pc0, torch.stack([nonsense, first, second]), pc1)
+    assert (refined - truth).norm(dim=1).max() < 0.02
+    assert (nsfp.refine_flow(pc0, nonsense, pc1) - truth).norm(dim=1).mean() > 0.3
+
+
+def test_what_sweep_1_does_not_confirm_stands_still():
+    """A box and a lone point that stand, the flow says 0.3 m; and a wall of which sweep 1 shows other points."""
+    generator = torch.Generator().manual_seed(0)
+    wall = [
+        torch.rand(300, 3, generator=generator) * torch.tensor([6.0, 0.02, 2]) + torch.tensor([0, 8.0, 0]) for _ in "01"
+    ]
+    still = torch.cat([a_box((10.0, 0, 0)), torch.tensor([[0.0, -20, 0]])])
+    flow = torch.full((701, 3), 0.3)
+    assert not nsfp.refine_flow(torch.cat([still, wall[0]]), flow, torch.cat([still, wall[1]])).any()
+
+
+@pytest.mark.parametrize("refine", ["flow", "sweep"])
+def test_refinement_leaves_clouds_without_clusters_in_peace(refine):
+    pc0, flow = 100 * torch.rand(9, 3, generator=torch.Generator().manual_seed(0)), torch.full((9, 3), 0.3)
+    for n in (1, 2, 9):
+        pc1 = pc0[:n] + 0.3 if refine == "sweep" else None
+        torch.testing.assert_close(nsfp.refine_flow(pc0[:n], flow[:n], pc1), flow[:n])
+
+
+def test_chodosh_is_published_and_then_refined():
+    pc0, pc1 = a_box((5.0, 0, 0)), a_box((5.3, 0, 0), seed=1)
+    published, chodosh = (dataclasses.replace(TEACHERS[name], iterations=5) for name in ("published", "chodosh"))
+    expected = nsfp.refine_flow(pc0, nsfp.estimate_flow(pc0, pc1, published), settings=chodosh)
+    assert torch.equal(nsfp.estimate_flow(pc0, pc1, chodosh), expected)
+    assert not torch.equal(nsfp.estimate_flow(pc0, pc1, published), expected)
+
+
+def test_a_static_world_stands_still():
+    pc0 = torch.cat([a_box((10.0, 0, 0)), clouds(100, spread=10.0)[0]])
+    assert not nsfp.estimate_flow(pc0, pc0.flip(0), dataclasses.replace(TEACHERS["fast"], iterations=30)).any()

@@ -1,0 +1,505 @@
+"""The label store, and the labelling of many pairs: what is missing is made, and no fault spoils a label."""
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pytest
+import torch
+from pyarrow import feather
+
+import data
+import fastflow3d
+import nsfp
+import zeroflow
+
+ROOT = Path(zeroflow.__file__).parent
+QUICK = dataclasses.replace(
+    nsfp.TEACHERS["fast"], priors=1, hidden_channels=8, batch_points=64, iterations=3, refine=""
+)
+QUICK_OPTIONS = "--priors 1 --hidden-channels 8 --batch-points 64 --iterations 3 --workers 1 --refine".split() + [""]
+
+
+def a_label(n: int = 50) -> zeroflow.Label:
+    generator = torch.Generator().manual_seed(n)
+    has_flow = torch.rand(n, generator=generator) < 0.7
+    flow = torch.randn(n, 3, generator=generator) * has_flow[:, None]
+    return zeroflow.Label(data.PairKey("log", 1, 2), flow, has_flow, dataclasses.asdict(QUICK), loss=0.25, seconds=1.5)
+
+
+def a_made_label(pair: data.SweepPair, settings: nsfp.NSFPSettings = QUICK) -> zeroflow.Label:
+    return zeroflow.make_labels([pair], settings)[0]
+
+
+def tables(labels: Path, dataset) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """What must be equal between two runs: the rows. Seconds, in the metadata, may differ."""
+    found = [zeroflow.read_label(labels, key) for key in dataset.keys]
+    return [(label.flow, label.has_flow) for label in found]
+
+
+def assert_same_tables(labels: Path, expected: Path, dataset) -> None:
+    for one, two in zip(tables(labels, dataset), tables(expected, dataset), strict=True):
+        assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, street) -> Path:
+    """The labels of the street by a run that nothing disturbed. Read only."""
+    labels = tmp_path_factory.mktemp("labels")
+    zeroflow.label_dataset(street, labels, QUICK, workers=1)
+    return labels
+
+
+# --- The label store -------------------------------------------------------------------------------------------------
+
+
+def test_a_label_comes_back_by_its_name_to_half_a_millimetre(tmp_path):
+    label = a_label()
+    path = zeroflow.write_label(tmp_path, label)
+    assert path == tmp_path / "log" / "1.feather"
+    assert [file.name for file in path.parent.iterdir()] == ["1.feather"]  # no temporary file is left
+    found = zeroflow.read_label(tmp_path, label.key, num_points=50)
+    assert torch.equal(found.has_flow, label.has_flow)
+    is_slow = label.flow.abs() < 2
+    assert (found.flow - label.flow)[is_slow].abs().max() <= 0.0005
+    assert (found.settings, found.loss, found.seconds) == (label.settings, 0.25, 1.5)
+    assert feather.read_table(path).schema.names == ["flow_tx_m", "flow_ty_m", "flow_tz_m", "has_flow"]
+
+
+def _cut(path):
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def _fewer_rows(path):
+    feather.write_feather(feather.read_table(path).slice(1), path)
+
+
+def _other_settings(path):
+    table = feather.read_table(path)
+    about = table.schema.metadata[b"zeroflow"].replace(b'"iterations": 3', b'"iterations": 4')
+    feather.write_feather(table.replace_schema_metadata({"zeroflow": about}), path)
+
+
+def _foreign(path):
+    columns = {name: np.zeros(50, np.float16) for name in ("flow_tx_m", "flow_ty_m", "flow_tz_m")}
+    feather.write_feather(pyarrow.table({**columns, "has_flow": np.ones(50, bool)}), path)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (_cut, "1.feather: not a whole Feather file"),
+        (_fewer_rows, "1.feather: its rows or settings are not those it was written with; delete the file"),
+        (_other_settings, "1.feather: its rows or settings are not those it was written with; delete the file"),
+        (_foreign, "1.feather: not a label of this project .* delete the file"),
+        (lambda path: path.unlink(), "1.feather: no label for this pair; make it with"),
+    ],
+)
+def test_a_label_that_is_not_whole_is_named_with_the_way_out(tmp_path, break_it, message):
+    label = a_label()
+    break_it(zeroflow.write_label(tmp_path, label))
+    with pytest.raises(data.DataError, match=message):
+        zeroflow.read_label(tmp_path, label.key)
+
+
+def test_the_label_of_another_pair_is_refused(tmp_path):
+    path = zeroflow.write_label(tmp_path, a_label())
+    shutil.copy(path, path.with_name("7.feather"))
+    with pytest.raises(data.DataError, match=r"7.feather: is the label of \('log', 1, 2\), not of \('log', 7, 8\)"):
+        zeroflow.read_label(tmp_path, data.PairKey("log", 7, 8))
+    with pytest.raises(data.DataError, match=r"1.feather: is the label of \('log', 1, 2\), not of \('log', 1, 3\)"):
+        zeroflow.read_label(tmp_path, data.PairKey("log", 1, 3))
+    with pytest.raises(data.DataError, match="1.feather: has 50 rows, its sweep has 51 points"):
+        zeroflow.read_label(tmp_path, data.PairKey("log", 1, 2), num_points=51)
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with pytest.raises(RuntimeError, match="power cut"), zeroflow.atomic_file(path) as file:
+        file.write(b"ne")
+        raise RuntimeError("power cut")
+    assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["file"]
+    with zeroflow.atomic_file(path) as file:
+        file.write(b"new")
+    assert path.read_bytes() == b"new" and [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_labels_are_for_points_that_are_not_ground_and_in_the_grid(street):
+    pair = street[0]
+    label = a_made_label(pair)
+    expected = ~pair.is_ground0 & (pair.pc0[:, 2].abs() < 3)  # the street ends before the grid's sides do
+    assert torch.equal(label.has_flow, expected) and expected.any() and not expected.all()
+    assert not label.flow[~expected].any() and label.flow[expected].any()
+    moved, target = pair.pc0[expected] + label.flow[expected], pair.pc1[~pair.is_ground1 & (pair.pc1[:, 2].abs() < 3)]
+    distance_sq = torch.cdist(moved.double(), target.double()).square().min(dim=1).values
+    assert label.loss == pytest.approx(distance_sq.where(distance_sq < 2, 0.0).mean().item(), rel=1e-4)
+
+
+# --- Labelling many pairs --------------------------------------------------------------------------------------------
+
+
+def done(count: zeroflow.LabelCount) -> tuple[int, int, int]:
+    return count.made, count.found, len(count.failed)
+
+
+def test_labelling_makes_exactly_what_is_missing_or_torn(tmp_path, street, undisturbed):
+    assert done(zeroflow.label_dataset(street, tmp_path, QUICK, workers=1)) == (4, 0, 0)
+    paths = [zeroflow.label_path(tmp_path, key) for key in street.keys]
+    before = [(path.read_bytes(), path.stat().st_mtime_ns) for path in paths]
+    paths[1].unlink()  # in the middle of a log
+    _cut(paths[2])
+    paths[3].write_bytes(b"")
+    assert done(zeroflow.label_dataset(street, tmp_path, QUICK, workers=1)) == (3, 1, 0)
+    assert (paths[0].read_bytes(), paths[0].stat().st_mtime_ns) == before[0]
+    assert_same_tables(tmp_path, undisturbed, street)
+    assert torch.equal(tables(tmp_path, street)[1][0], a_made_label(street[1]).flow.half())
+
+
+def test_changed_settings_are_refused_by_name_and_spoil_nothing(tmp_path, street, undisturbed):
+    shutil.copytree(undisturbed, tmp_path / "labels")
+    zeroflow.label_path(tmp_path / "labels", street.keys[0]).unlink()
+    other = dataclasses.replace(QUICK, iterations=4)
+    with pytest.raises(data.DataError, match=r"holds labels of other settings \(iterations 3 there, 4 here\)"):
+        zeroflow.label_dataset(street, tmp_path / "labels", other, workers=1)
+    assert not zeroflow.label_path(tmp_path / "labels", street.keys[0]).exists()
+    (tmp_path / "labels" / "settings.json").write_text(json.dumps(dataclasses.asdict(other)))
+    with pytest.raises(data.DataError, match="feather: is of other settings than its folder's settings.json"):
+        zeroflow.label_dataset(street, tmp_path / "labels", other, workers=1)
+    (tmp_path / "labels" / "settings.json").write_text("{")
+    with pytest.raises(data.DataError, match="settings.json: is no JSON"):
+        zeroflow.label_dataset(street, tmp_path / "labels", QUICK, workers=1)
+
+
+def test_a_broken_pair_is_set_aside_with_its_reason_until_it_is_mended(tmp_path, street_folder, undisturbed):
+    shutil.copytree(street_folder, tmp_path / "street")
+    pairs, labels = data.open_dataset(tmp_path / "street"), tmp_path / "labels"
+    key = pairs.keys[0]
+    sweep = tmp_path / "street" / key.log_id / "sensors" / "lidar" / f"{key.timestamp0_ns}.feather"
+    whole = sweep.read_bytes()
+    _cut(sweep)
+    count = zeroflow.label_dataset(pairs, labels, QUICK, workers=2)
+    assert done(count) == (3, 0, 1)
+    assert count.failed[0][0] == key and f"{sweep}: not a whole Feather file" in count.failed[0][1]
+    note = json.loads((labels / key.log_id / f"{key.timestamp0_ns}.broken.json").read_text())
+    assert note == {**key._asdict(), "reason": count.failed[0][1]}
+    assert [len(keys) for keys in zeroflow.label_status(pairs, labels)[0].values()] == [3, 0, 0, 1]
+    sweep.write_bytes(whole)
+    assert done(zeroflow.label_dataset(pairs, labels, QUICK, workers=1)) == (1, 3, 0)
+    assert [len(keys) for keys in zeroflow.label_status(pairs, labels)[0].values()] == [4, 0, 0, 0]
+    assert not list(labels.rglob("*.broken.json"))
+    assert_same_tables(labels, undisturbed, pairs)
+
+
+class Faulty:
+    """A data set, one of whose pairs does something else than being read. Here, so that a new process can import it."""
+
+    def __init__(self, dataset, index: int, fault, marker: Path | None = None):
+        self.dataset, self.keys, self.index, self.fault, self.marker = dataset, dataset.keys, index, fault, marker
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> data.SweepPair:
+        if index == self.index or self.index < 0:
+            self.fault(index)
+        return self.dataset[index]
+
+
+def _kill_this_process(index: int) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _cannot_be_read(index: int) -> None:
+    raise OSError(f"sweep {index} cannot be read")
+
+
+def test_a_process_that_dies_costs_the_pair_it_had(tmp_path, street, undisturbed):
+    count = zeroflow.label_dataset(Faulty(street, 1, _kill_this_process), tmp_path, QUICK, workers=2)
+    assert done(count) == (3, 0, 1)
+    assert count.failed[0][0] == street.keys[1] and "its process died (exit code -9" in count.failed[0][1]
+    assert done(zeroflow.label_dataset(street, tmp_path, QUICK, workers=1)) == (1, 3, 0)
+    assert_same_tables(tmp_path, undisturbed, street)
+
+
+def test_a_run_stops_when_too_much_is_broken(tmp_path, street):
+    broken = Faulty(street, -1, _cannot_be_read)
+    with pytest.raises(data.DataError, match=r"2 of 2 pairs could not be labelled, .*sweep 0 cannot be read; mend the"):
+        zeroflow.label_dataset(broken, tmp_path, QUICK, workers=1, max_broken=0.01)
+    assert done(zeroflow.label_dataset(broken, tmp_path, QUICK, workers=1, max_broken=0.04)) == (0, 0, 4)
+
+
+def test_several_workers_make_the_labels_that_one_makes(tmp_path, street, undisturbed):
+    assert done(zeroflow.label_dataset(street, tmp_path, QUICK, workers=2)) == (4, 0, 0)
+    assert_same_tables(tmp_path, undisturbed, street)
+
+
+def test_several_pairs_at_once_as_on_a_gpu_give_a_label_each(tmp_path, street, monkeypatch):
+    monkeypatch.setitem(zeroflow.PAIRS_AT_ONCE, "cpu", 3)
+    broken = Faulty(street, 1, _cannot_be_read)
+    count = zeroflow.label_dataset(broken, tmp_path, QUICK, workers=1)
+    assert done(count) == (3, 0, 1) and count.failed[0] == (street.keys[1], "sweep 1 cannot be read")
+    for index in (0, 2, 3):
+        label, alone = zeroflow.read_label(tmp_path, street.keys[index]), a_made_label(street[index])
+        assert torch.equal(label.has_flow, alone.has_flow)
+        torch.testing.assert_close(label.flow, alone.flow, atol=1e-3, rtol=0)
+
+
+KILLED_AT_A_BOUNDARY = """
+import os, pathlib, signal, sys
+import data, zeroflow
+from test_labels import QUICK
+
+dataset = data.open_dataset(sys.argv[1], true_flow=False)
+boundary = 0
+while True:  # label in a child that is killed at the first, second, ... boundary, until one lives to the end
+    child = os.fork()
+    if child == 0:
+        left = boundary
+
+        def at_boundary():
+            global left
+            left -= 1
+            if left < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        def wrapped(function):
+            def call(*arguments):
+                at_boundary()
+                result = function(*arguments)
+                at_boundary()
+                return result
+            return call
+
+        zeroflow.os.fsync, zeroflow.os.replace = wrapped(os.fsync), wrapped(os.replace)
+        write = zeroflow.feather.write_feather
+
+        def half_then_whole(table, file, compression):
+            file.write(b"half a file")
+            file.flush()
+            at_boundary()
+            file.seek(0)
+            write(table, file, compression=compression)
+
+        zeroflow.feather.write_feather = half_then_whole
+        zeroflow.label_dataset(dataset, pathlib.Path(sys.argv[2]) / str(boundary), QUICK, workers=1)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    if status == 0:
+        break
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    boundary += 1
+print(boundary)
+"""
+
+
+def test_kill_9_at_any_file_boundary_then_a_rerun_gives_the_undisturbed_labels(tmp_path, street_folder, undisturbed):
+    """Boundaries: settings written, and for each label half written, before and after the flush and the renaming."""
+    log = next(path for path in sorted(street_folder.iterdir()) if path.is_dir())
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", KILLED_AT_A_BOUNDARY, str(log), str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    boundaries = int(run.stdout)
+    assert boundaries == 4 + 2 * 5
+    pairs, left_over = data.open_dataset(log), 0
+    for boundary in range(boundaries):
+        labels = tmp_path / str(boundary)
+        whole = 0
+        for key in pairs.keys:  # before the rerun: what has a label's name is whole
+            if zeroflow.label_path(labels, key).exists():
+                zeroflow.read_label(labels, key)
+                whole += 1
+        left_over += len(list(labels.rglob("*.tmp")))
+        assert done(zeroflow.label_dataset(pairs, labels, QUICK, workers=1)) == (2 - whole, whole, 0)
+        assert_same_tables(labels, undisturbed, pairs)
+    assert left_over > 5, "the runs were not killed half-way"
+
+
+def test_what_killed_processes_left_half_written_is_swept_up_an_hour_later(tmp_path, street, undisturbed):
+    shutil.copytree(undisturbed, tmp_path / "labels")
+    folder = tmp_path / "labels" / street.keys[0].log_id
+    old, young = folder / ".1.feather.a.tmp", folder / ".1.feather.b.tmp"
+    for file, hours in ((old, 2), (young, 0)):
+        file.write_bytes(b"half")
+        os.utime(file, (time.time() - 3600 * hours,) * 2)
+    zeroflow.label_dataset(street, tmp_path / "labels", QUICK, workers=1)
+    assert young.exists() and not old.exists()
+
+
+def label_command(street_folder: Path, labels: Path, *arguments, prefix=(), **more) -> subprocess.Popen:
+    command = [sys.executable, *prefix, ROOT / "zeroflow.py", "label", "--data", street_folder, "--labels", labels]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*map(str, command), *QUICK_OPTIONS, *map(str, arguments)], **pipes, **more)
+
+
+def test_two_workers_on_the_same_shard_do_no_harm(tmp_path, street_folder, street, undisturbed):
+    runs = [label_command(street_folder, tmp_path) for _ in range(2)]
+    for run in runs:
+        _, errors = run.communicate()
+        assert run.returncode == 0, errors
+    assert_same_tables(tmp_path, undisturbed, street)
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_full_disk_is_a_clear_error_and_leaves_old_labels_whole(tmp_path, street_folder, street, undisturbed):
+    """The disk is full for files beyond 4 kB: the settings fit, a label does not."""
+    shutil.copytree(undisturbed, tmp_path / "labels")
+    missing = zeroflow.label_path(tmp_path / "labels", street.keys[2])
+    missing.unlink()
+    limit = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)); "
+    limit += "sys.argv = sys.argv[1:]; sys.path.insert(0, sys.argv[0].rpartition('/')[0]); "
+    limit += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    run = label_command(street_folder, tmp_path / "labels", prefix=("-c", limit))
+    _, errors = run.communicate()
+    assert run.returncode == 1
+    assert f"cannot be written (File too large); what was there is unchanged: '{missing}'" in errors.splitlines()[-1]
+    assert not missing.exists() and not list(tmp_path.rglob("*.tmp"))
+    assert done(zeroflow.label_dataset(street, tmp_path / "labels", QUICK, workers=1)) == (1, 3, 0)
+
+
+def test_a_folder_that_cannot_be_written_is_a_clear_error_before_any_work(tmp_path, street_folder, capsys):
+    (tmp_path / "file").write_text("not a folder")
+    arguments = ("label", "--data", street_folder, "--labels", tmp_path / "file" / "labels")
+    assert zeroflow.main([*map(str, arguments), *QUICK_OPTIONS]) == 1
+    assert "error:" in capsys.readouterr().err.splitlines()[-1]
+    assert (tmp_path / "file").read_text() == "not a folder"
+
+
+# --- Shards ----------------------------------------------------------------------------------------------------------
+
+
+def test_shards_are_a_fixed_and_even_partition():
+    keys = [data.PairKey(f"log{i}", 100 * j, 100 * j + 100) for i in range(20) for j in range(50)]
+    assert [zeroflow.shard_of(key, 16) for key in keys[:6]] == [4, 2, 14, 3, 5, 14]
+    counts = np.bincount([zeroflow.shard_of(key, 16) for key in keys], minlength=16)
+    assert counts.sum() == 1000 and counts.min() > 35 and counts.max() < 95  # 62.5 each, give or take 7.7
+
+
+def test_the_shard_comes_from_the_option_else_torchrun_else_a_slurm_array():
+    torchrun = {"RANK": "3", "WORLD_SIZE": "8"}
+    slurm = {"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_COUNT": "6"}
+    assert zeroflow.chosen_shard("", {}) == (0, 1)
+    assert zeroflow.chosen_shard("", slurm) == (5, 6)
+    assert zeroflow.chosen_shard("", torchrun | slurm) == (3, 8)
+    assert zeroflow.chosen_shard("0/2", torchrun | slurm) == (0, 2)
+    for text in ("2/2", "1", "a/b", "-1/2", "1/0"):
+        with pytest.raises(data.DataError, match=f"--shard {text}: .* shards are 0/n ... n-1/n"):
+            zeroflow.chosen_shard(text, {})
+    with pytest.raises(data.DataError, match="SLURM_ARRAY_TASK_ID/SLURM_ARRAY_TASK_COUNT: '6' of '6' is no shard"):
+        zeroflow.chosen_shard("", slurm | {"SLURM_ARRAY_TASK_ID": "6"})  # an array that starts at 1
+
+
+def test_shards_share_the_work_and_another_count_relabels_nothing(tmp_path, street, undisturbed):
+    made = [done(zeroflow.label_dataset(street, tmp_path, QUICK, workers=1, shard=(i, 3))) for i in range(3)]
+    assert [m for m, _, _ in made] == [sum(zeroflow.shard_of(key, 3) == i for key in street.keys) for i in range(3)]
+    assert sum(m for m, _, _ in made) == 4 and not any(found for _, found, _ in made)
+    for shard in ((0, 2), (1, 2)):
+        assert done(zeroflow.label_dataset(street, tmp_path, QUICK, workers=1, shard=shard))[0] == 0
+    assert_same_tables(tmp_path, undisturbed, street)
+
+
+def test_torchrun_labels_with_every_rank_and_one_broken_pair_stops_nobody(tmp_path, street_folder, undisturbed):
+    shutil.copytree(street_folder, tmp_path / "street")
+    pairs = data.open_dataset(tmp_path / "street")
+    key = pairs.keys[0]
+    _cut(tmp_path / "street" / key.log_id / "sensors" / "lidar" / f"{key.timestamp0_ns}.feather")
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    run = label_command(tmp_path / "street", tmp_path / "labels", prefix=torchrun)
+    out, errors = run.communicate()
+    assert run.returncode == 0, errors
+    for rank in (0, 1):
+        mine = sum(zeroflow.shard_of(other, 2) == rank for other in pairs.keys[1:])
+        assert f"labels, shard {rank}/2: {mine} labels made" in out
+    found = zeroflow.label_status(pairs, tmp_path / "labels")[0]
+    assert [len(keys) for keys in found.values()] == [3, 0, 0, 1]
+    for other in pairs.keys[1:]:
+        expected = zeroflow.read_label(undisturbed, other).flow
+        assert torch.equal(zeroflow.read_label(tmp_path / "labels", other).flow, expected)
+
+
+def test_status_counts_names_shards_and_says_what_is_left(tmp_path, street_folder, street, undisturbed, capsys):
+    shutil.copytree(undisturbed, tmp_path / "labels")
+    arguments = ["status", "--data", str(street_folder), "--labels", str(tmp_path / "labels")]
+    assert zeroflow.main(arguments) == 0
+    assert capsys.readouterr().out.endswith("labels: 4 made, 0 missing, 0 torn, 0 set aside, of 4 pairs\n")
+    paths = [zeroflow.label_path(tmp_path / "labels", key) for key in street.keys]
+    paths[0].unlink()
+    _cut(paths[1])
+    paths[2].unlink()
+    paths[2].with_suffix(".broken.json").write_text(json.dumps({"reason": "the sweep is gone"}))
+    label = zeroflow.read_label(tmp_path / "labels", street.keys[3])
+    zeroflow.write_label(tmp_path / "labels", dataclasses.replace(label, seconds=1800.0))
+    assert zeroflow.main([*arguments, "--shards", "5", "--price", "2.5"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].endswith("labels: 1 made, 1 missing, 1 torn, 1 set aside, of 4 pairs")
+    assert "left: 1.00 hours of one worker, at 1800.00 s a pair, 2.50 $" in lines
+    again = sorted({zeroflow.shard_of(street.keys[i], 5) for i in (0, 1)})
+    assert "run again: " + " ".join(f"--shard {shard}/5" for shard in again) in lines
+    assert f"torn: {paths[1]}" in lines and any("the sweep is gone" in line for line in lines)
+    shutil.rmtree(tmp_path / "labels")
+    assert zeroflow.main(arguments) == 1 and "is no folder of labels" in capsys.readouterr().err
+
+
+# --- Pairs that give little or nothing -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+@pytest.mark.parametrize("teacher", nsfp.TEACHERS)
+def test_pairs_of_no_or_few_points_and_points_out_of_range_get_labels(tmp_path, street, count, teacher):
+    pair = street[0]
+    rows = (~pair.is_ground0).nonzero()[:count, 0]
+    is_ground0 = torch.ones_like(pair.is_ground0)
+    is_ground0[rows] = False
+    settings = dataclasses.replace(nsfp.TEACHERS[teacher], iterations=3)
+    for few, kept in (
+        (dataclasses.replace(pair, is_ground0=is_ground0), count),
+        (dataclasses.replace(pair, pc0=pair.pc0 + 1000.0), 0),  # out of range
+        (dataclasses.replace(pair, pc1=pair.pc1 + 1000.0, is_ground0=is_ground0), count),
+        (dataclasses.replace(pair, is_ground1=torch.ones_like(pair.is_ground1), is_ground0=is_ground0), count),
+    ):
+        label = a_made_label(few, settings)
+        zeroflow.write_label(tmp_path, label)
+        found = zeroflow.read_label(tmp_path, pair.key, len(pair.pc0))
+        assert (
+            int(found.has_flow.sum()) == kept and found.flow.isfinite().all() and not found.flow[~found.has_flow].any()
+        )
+
+
+def test_rows_of_nan_and_sweeps_of_nothing_but_ground_pass_through(street):
+    """A NaN row gets no flow and disturbs no other; a pair without input gets a label without flow."""
+    pair = street[0]
+    pc0 = pair.pc0.clone()
+    row = int((~pair.is_ground0).nonzero()[7])
+    pc0[row] = torch.nan
+    label = a_made_label(dataclasses.replace(pair, pc0=pc0))
+    assert not label.has_flow[row] and not label.flow[row].any() and label.flow.isfinite().all()
+    student = zeroflow.from_student(fastflow3d.FastFlow3D(fastflow3d.MODELS["narrow"]))
+    flow = student(dataclasses.replace(pair, pc0=pc0))[0]
+    assert flow.isfinite().all() and not flow[row].any() and flow.any()
+
+    everything = torch.ones_like(pair.is_ground0)
+    empty = dataclasses.replace(pair, is_ground0=everything)
+    label = a_made_label(empty)
+    assert not label.has_flow.any() and not label.flow.any() and label.loss == 0
+    assert not student(empty)[0].any() and not zeroflow.nearest_neighbour(empty).any()
+    result = zeroflow.evaluate([empty], zeroflow.timed(zeroflow.no_motion))
+    assert result["points"] == 0 and math.isnan(result["grid_three_way"])
+
+
+@pytest.mark.parametrize("refine", ["", "sweep"])
+def test_a_fit_that_diverged_costs_one_label_and_is_reported(tmp_path, street, refine):
+    wild = dataclasses.replace(QUICK, learning_rate=1e30, iterations=10, refine=refine)
+    count = zeroflow.label_dataset(street, tmp_path, wild, workers=1)
+    assert done(count) == (0, 0, 4) and "the fit diverged; try a smaller learning rate" in count.failed[0][1]
+    with pytest.raises(data.DataError, match="the fit diverged"):
+        zeroflow.from_teacher(wild)(street[0])
