@@ -1,4 +1,4 @@
-"""Speed: python tests/bench.py [street] [data] [teacher] [student]; without a name, all of them.
+"""Speed: python tests/bench.py [street|data|labels|teacher|student|published] ...; without a name all but the last.
 
 Machines are shared and noisy: believe the ratios, and run it twice.
 """
@@ -59,24 +59,81 @@ def reading(folder: str) -> None:
 
 
 def teacher(folder: str) -> None:
-    """Time an iteration of either teacher; 346 is what the published one takes on the real pair with seed 0."""
+    """CPU time and error of `fast`, seeds 0 to 4, on one pair, against 346 iterations of `published`; then ten streets.
+
+    346 is what the published teacher takes on the real pair with seed 0.
+    """
     torch.set_num_threads(1)
+    pairs = a_full_pair(folder)
+    is_source, is_target = zeroflow.input_masks(pairs[0])
+    pc0, pc1 = pairs[0].pc0[is_source], pairs[0].pc1[is_target]
+    times = []
+    for count in (1, 2, 8):  # the first only warms up
+        start = time.process_time()
+        nsfp.estimate_flow(pc0, pc1, dataclasses.replace(nsfp.TEACHERS["published"], iterations=count))
+        times.append(time.process_time() - start)
+    published = 346 * (times[2] - times[1]) / 6
+    results = []
+    for seed in range(5):
+        start = time.process_time()
+        result = zeroflow.evaluate(pairs, zeroflow.from_teacher(nsfp.NSFPSettings(seed=seed)))
+        results.append((time.process_time() - start, result["grid_epe"], result["grid_three_way"]))
+    fast, epe, three_way = (statistics.mean(column) for column in zip(*results, strict=True))
+    print(f"teacher, {len(pc0)} points, CPU time, one thread: published, 346 iterations, {published:.0f} s")
+    print(f"  fast {fast:.2f} s, reading and evaluation included: {published / fast:.0f} times cheaper")
+    print(f"  fast, seeds 0 to 4: EPE {epe:.4f}, grid 3-way {three_way:.4f}, worst {max(r[2] for r in results):.4f}")
+    streets = ten_streets(folder)
+    rows = {"no motion": zeroflow.evaluate(streets, zeroflow.timed(zeroflow.no_motion))}
+    rows["fast"] = zeroflow.evaluate(streets, zeroflow.from_teacher(nsfp.TEACHERS["fast"]))
+    print(zeroflow.table(rows))
+
+
+def published(folder: str) -> None:
+    """The published teacher and Chodosh's on three of the ten streets, `fast` beside them: about 40 minutes."""
+    torch.set_num_threads(1)
+    streets = ten_streets(folder)
+    some = [streets[index] for index in (0, 3, 6)]
+    flows = {}
+
+    def refined(pair: data.SweepPair) -> tuple[torch.Tensor, float]:
+        """Chodosh's teacher, from the published one's flow."""
+        rows, flow = zeroflow.input_masks(pair)[0], torch.zeros_like(pair.pc0)
+        start = time.perf_counter()
+        flow[rows] = nsfp.refine_flow(pair.pc0[rows], flows[pair.key][rows], settings=nsfp.TEACHERS["chodosh"])
+        return flow, time.perf_counter() - start
+
+    def fitted(pair: data.SweepPair) -> tuple[torch.Tensor, float]:
+        flow, seconds = zeroflow.from_teacher(nsfp.TEACHERS["published"])(pair)
+        flows[pair.key] = flow
+        return flow, seconds
+
+    rows = {"no motion": zeroflow.evaluate(some, zeroflow.timed(zeroflow.no_motion))}
+    rows["fast"] = zeroflow.evaluate(some, zeroflow.from_teacher(nsfp.TEACHERS["fast"]))
+    rows["published"] = zeroflow.evaluate(some, fitted)
+    rows["chodosh, after it"] = zeroflow.evaluate(some, refined)
+    print(zeroflow.table(rows))
+
+
+def ten_streets(folder: str) -> data.Argoverse2Pairs:
+    """Ten pairs at full density, a street each, of a seed on which nothing was tuned."""
+    settings = dataclasses.replace(synthetic.PRESETS["full"], sweeps=2, seed=51)
+    synthetic.write_logs(Path(folder) / "streets", 10, settings)
+    return data.open_dataset(Path(folder) / "streets")
+
+
+def labels(folder: str) -> None:
+    """What a label costs beside the fit: bytes, writing, and reading it again to see that it is whole."""
     pair = a_full_pair(folder)[0]
-    has_flow, is_target = zeroflow.input_masks(pair)
-    pc0, pc1 = pair.pc0[has_flow], pair.pc1[is_target]
-    iteration = {}
-    for name, few, many in (("fast", 50, 350), ("published", 2, 8)):
-        times = []
-        for count in (1, few, many):  # the first only warms up
-            settings = dataclasses.replace(nsfp.TEACHERS[name], iterations=count)
-            start = time.process_time()
-            nsfp.estimate_flow(pc0, pc1, settings)
-            times.append(time.process_time() - start)
-        iteration[name] = (times[2] - times[1]) / (many - few)
-    steps = nsfp.TEACHERS["fast"].iterations
-    ratio = 346 * iteration["published"] / (steps * iteration["fast"])
-    print(f"teacher, {len(pc0)} points, CPU time, one thread: published {iteration['published']:.2f} s an iteration,")
-    print(f"  fast {1e3 * iteration['fast']:.1f} ms; a pair, 346 iterations against {steps}: {ratio:.0f} times cheaper")
+    label = zeroflow.make_labels([pair], nsfp.TEACHERS["fast"])[0]
+    path = zeroflow.write_label(folder, label)
+    write = seconds(lambda: zeroflow.write_label(folder, label))
+    read = seconds(lambda: zeroflow.read_label(folder, pair.key))
+    lost = (zeroflow.read_label(folder, pair.key).flow - label.flow).abs().max()
+    size = path.stat().st_size
+    print(
+        f"label of {len(label.flow)} rows: {size / 1e3:.0f} kB, {1e3 * write:.0f} ms to write, {1e3 * read:.1f} ms to"
+    )
+    print(f"  check; float16 moved a coordinate by {1e3 * lost:.2f} mm at most")
 
 
 def student(folder: str) -> None:
@@ -91,7 +148,7 @@ def student(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    benches = {"street": street, "data": reading, "teacher": teacher, "student": student}
+    benches = {"street": street, "data": reading, "labels": labels, "teacher": teacher, "student": student}
     for name in sys.argv[1:] or benches:
         with tempfile.TemporaryDirectory() as folder:
-            benches[name](folder)
+            (benches | {"published": published})[name](folder)
