@@ -289,6 +289,10 @@ class _Log:
             raise DataError(
                 f"{self.pose_file}: no pose for sweep {timestamp_ns}; download the file again or remove the sweep"
             )
+        if not np.isfinite(self.poses[timestamp_ns]).all():
+            raise DataError(
+                f"{self.pose_file}: the pose of sweep {timestamp_ns} is no number; download it again or remove that"
+            )
         return _poses(self.poses[timestamp_ns])
 
 
@@ -316,8 +320,12 @@ def _poses(values: np.ndarray) -> np.ndarray:
 def _read_sweep(folder: Path, timestamp_ns: int) -> np.ndarray:
     """(N, 3) float64 in the sweep's own ego frame; the files hold float16."""
     file = folder / "sensors" / "lidar" / f"{timestamp_ns}.feather"
-    points = stack(read_feather(file, ["x", "y", "z"]), "xyz").astype(np.float64)
-    if len(points) == 0:
+    table = read_feather(file, ["x", "y", "z"])
+    try:
+        points = stack(table, "xyz").astype(np.float64)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{file}: its points are no numbers ({error}); download it again or remove it") from error
+    if not np.isfinite(points).all(axis=1).any():
         raise DataError(f"{file}: the sweep has no points; download it again or remove it")
     return points
 
@@ -343,7 +351,7 @@ def _read_ground_raster(folder: Path) -> GroundRaster:
         img_Sim2_city = json.loads(files[1].read_text())
         rotation, translation = np.reshape(img_Sim2_city["R"], (2, 2)), np.reshape(img_Sim2_city["t"], 2)
         return GroundRaster(height, rotation, translation, float(img_Sim2_city["s"]))
-    except (ValueError, KeyError, EOFError) as error:
+    except (TypeError, ValueError, KeyError, EOFError) as error:
         raise DataError(
             f"{folder}: the ground raster cannot be read ({error}); download the map folder again"
         ) from error

@@ -71,13 +71,17 @@ class NSFPSettings:
     inlier_reach: float = 0.2  # from where a motion takes a point to where the flow does
     min_motion: float = 0.05  # a cluster whose points move less, on average, stands still
     cluster_sample: int = 512  # points that speak for a cluster, 0 for all: six numbers need no more. chodosh: 0
-    evidence: float = 1.7  # how many times better than standing still a motion must explain sweep 1
+    evidence: float = 1.7  # how many times less than standing still a motion must leave, in mean *squared* distance
     confirm_reach: float = 0.3  # a point farther than this from sweep 1 is not explained at all
     icp_steps: int = 3  # of fitting a cluster's motion to sweep 1 itself
 
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if min(self.iterations, self.priors, self.hidden_layers, self.ransac_trials) < 1 or self.batch_points < 0:
+            raise ValueError(
+                "iterations, priors, hidden_layers and ransac_trials must be positive, batch_points not below 0"
+            )
         if self.refine not in ("", "flow", "sweep"):
             raise ValueError(f"refine {self.refine!r}: choose flow, sweep or nothing")
         if self.batch_points and (self.cycle or self.patience):
@@ -108,7 +112,8 @@ def estimate_flow(pc0: torch.Tensor, pc1: torch.Tensor, settings: NSFPSettings =
     """Residual flow (N, 3) float32 of every point of pc0 (N, 3), given pc1 (M, 3). On a CPU, same seed, same flow.
 
     An empty pc0 gives an empty flow; an empty pc1 offers nothing to match, so the flow is zero. A fit that diverged
-    gives a flow that is not finite. Raises ValueError for another shape or dtype, or coordinates that are not finite.
+    gives a flow that is not finite, or absurdly long. Raises ValueError for another shape or dtype, or coordinates that
+    are not finite.
     """
     return estimate_flows([pc0], [pc1], settings)[0]
 
@@ -131,9 +136,12 @@ def estimate_flows(
     for group in groups:
         fitted = _fit([pc0s[i] for i in group], [pc1s[i] for i in group], settings)
         for i, flows in zip(group, fitted, strict=True):  # (K, N, 3), one of each prior
-            result[i] = flows[0]
-            if settings.refine and flows.isfinite().all():
+            if not flows.isfinite().all():
+                result[i] = torch.full_like(pc0s[i], torch.nan)
+            elif settings.refine:
                 result[i] = refine_flow(pc0s[i], flows, pc1s[i] if settings.refine == "sweep" else None, settings)
+            else:
+                result[i] = flows[0]
     return result
 
 
@@ -332,19 +340,25 @@ def refine_flow(
     With pc1 (M, 3), `flow` may be several candidates (K, N, 3), and sweep 1 decides: each candidate's motion is drawn
     to the points of pc1 (ICP), and the one that takes the cluster closest to them wins, if it does so `evidence` times
     better than standing still. A point in no cluster is then a cluster of its own.
+
+    Raises ValueError for points or flow that are not finite.
     """
+    if not all(x is None or x.isfinite().all() for x in (pc0, flow, pc1)):
+        raise ValueError("points or flow to refine are NaN or infinite; cut those rows first")
+    if len(pc0) == 0 or (pc1 is not None and len(pc1) == 0):
+        return torch.zeros_like(pc0)  # nothing to move, or nothing that could confirm a motion
+    flows = flow.detach().cpu().double().reshape(-1, *pc0.shape)
     points = pc0.detach().cpu().double()
-    flows = flow.detach().cpu().double().reshape(-1, len(pc0), 3)
     cluster = find_clusters(points, settings.cluster_reach, settings.cluster_points)
     if pc1 is not None:
         is_alone = cluster < 0
         cluster[is_alone] = cluster.max() + 1 + torch.arange(int(is_alone.sum()))
     members = (cluster >= 0).nonzero()[:, 0]
-    if len(members) == 0:
-        return flow.reshape(-1, len(pc0), 3)[0]
+    if len(members) == 0:  # without pc1 only
+        return flows[0].to(pc0)
     spokesmen = _sample_of_each(cluster, members, settings)
     c, p = cluster[spokesmen], points[spokesmen]
-    candidates = [motions_by_ransac(p, p + flow[spokesmen], c, settings) for flow in flows]
+    candidates = [motions_by_ransac(p, p + candidate[spokesmen], c, settings) for candidate in flows]
     motion = candidates[0] if pc1 is None else _confirmed_motions(p, candidates, c, pc1, settings)
 
     displacement = move(points[members], motion, cluster[members]) - points[members]
@@ -359,7 +373,8 @@ def find_clusters(points: torch.Tensor, reach: float, min_points: int) -> torch.
     """DBSCAN (Ester et al., 1996): (N,) int64, clusters numbered from 0, and -1 for points in none.
 
     A core has `min_points` points within `reach`, itself included. Cores within reach of each other share a cluster;
-    any other point joins that of its nearest core in reach.
+    any other point joins that of its nearest core in reach. Memory goes with the pairs of neighbours, so with the
+    square of the density: 2.5 million for the 60,769 points of a real Argoverse sweep.
     """
     points = points.numpy()
     distance, _ = cKDTree(points).query(points, [min_points], distance_upper_bound=reach)  # (N, 1), inf if too few

@@ -63,10 +63,9 @@ class TrainSettings:
 
 
 STREET = synthetic.PRESETS["small"]
-STREET_TEACHER = (
-    dataclasses.replace(  # half the work; and points so sparse cluster, and meet sweep 1, from farther away
-        nsfp.TEACHERS["fast"], priors=2, iterations=150, cluster_reach=0.8, cluster_points=5, confirm_reach=0.5
-    )
+# Half the work of `fast`; and points so sparse form clusters, and meet sweep 1, from farther away.
+STREET_TEACHER = dataclasses.replace(
+    nsfp.TEACHERS["fast"], priors=2, iterations=150, cluster_reach=0.8, cluster_points=5, confirm_reach=0.5
 )
 TRAIN_SEED, TEST_SEED = 0, 1  # of the street's logs
 

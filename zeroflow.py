@@ -27,6 +27,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ _FLOW_COLUMNS = ("flow_tx_m", "flow_ty_m", "flow_tz_m")
 def make_labels(pairs: Sequence[SweepPair], settings: nsfp.NSFPSettings, device: str = "cpu") -> list[Label]:
     """Run the teacher on the points of each pair that are not ground and lie in the student's grid.
 
-    A fit that diverged gives a label whose flow is not finite.
+    A fit may diverge: see `check_label`.
     """
     start = time.perf_counter()
     masks = [input_masks(pair) for pair in pairs]
@@ -87,6 +88,15 @@ def make_labels(pairs: Sequence[SweepPair], settings: nsfp.NSFPSettings, device:
             loss = nsfp.truncated_sq_distance(pc0 + estimate.to(device), target, settings.truncation_sq).mean().item()
         labels.append(Label(pair.key, flow, has_flow, dataclasses.asdict(settings), loss, seconds))
     return labels
+
+
+def check_label(label: Label) -> None:
+    """Raise DataError for the flow of a fit that diverged: not finite, or as long as the grid.
+
+    To be out of reach costs a fit nothing, so its loss may even be the lowest.
+    """
+    if not (label.flow.abs() < 2 * max(data.GRID_HALF_EXTENT_M)).all():
+        raise DataError(f"{tuple(label.key)}: the fit diverged; try a smaller learning rate or another seed")
 
 
 def input_masks(pair: SweepPair) -> tuple[torch.Tensor, torch.Tensor]:
@@ -155,18 +165,17 @@ def settings_hash(settings: dict) -> str:
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator:
     """A binary file that appears under its name only when it is whole and on disk; an old one stays until then."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(unfinished, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
     except OSError as error:
-        raise OSError(
-            error.errno, f"cannot be written ({error.strerror}); what was there is unchanged", str(path)
-        ) from error
+        reason = f"cannot be written ({error.strerror or error}); what was there is unchanged"
+        raise OSError(error.errno, reason, str(path)) from error
     finally:
         with contextlib.suppress(OSError):
             unfinished.unlink(missing_ok=True)
@@ -195,20 +204,24 @@ def label_dataset(
     shard: tuple[int, int] = (0, 1),
     max_broken: float = 0.05,
 ) -> LabelCount:
-    """Make those labels of shard i of n that are missing or torn. workers: processes, one thread each; 0: one a core.
+    """Make those labels of shard i of n that are missing or torn.
+
+    workers: processes, one thread each; 0: one a core, at most 8 for a GPU; 1: no process but this one.
 
     A pair that cannot be read or fitted, or whose process dies, is set aside with the reason, and tried again by the
     next run. Raises DataError if the folder holds other settings' labels, or if more than a share of `max_broken` of
-    the pairs tried (counted as 100 at least) is broken; OSError where a label cannot be written: then none could.
+    the shard's pairs (counted as 100 at least) is broken; OSError where a label cannot be written: then none could.
     """
     claim_folder(labels, settings)
     wanted = settings_hash(dataclasses.asdict(settings))
     mine = [i for i, key in enumerate(dataset.keys) if shard_of(key, shard[1]) == shard[0]]
-    missing = [i for i in mine if not _has_label(labels, dataset.keys[i], wanted)]
+    check = tqdm(mine, desc="check", unit="label", disable=len(mine) < 1000)
+    missing = [i for i in check if not _has_label(labels, dataset.keys[i], wanted)]
     at_once = PAIRS_AT_ONCE[torch.device(device).type]
     chunks = [missing[i : i + at_once] for i in range(0, len(missing), at_once)]
-    workers = min(workers or usable_cores(), len(chunks))
-    failed, tried = [], 0
+    if device != "cpu":
+        workers = workers or min(8, usable_cores())  # each has a context and a batch on the GPU
+    failed, allowed = [], max_broken * max(100, len(mine))
     name = "teacher" if shard[1] == 1 else f"teacher {shard[0]}/{shard[1]}"
     with tqdm(total=len(missing), desc=name, unit="pair", disable=not missing) as progress:
         for chunk, errors in _in_processes(chunks, workers, (dataset, labels, settings, device)):
@@ -216,12 +229,11 @@ def label_dataset(
                 if error is not None:
                     failed.append((dataset.keys[index], error))
                     _set_aside(labels, *failed[-1])
-            tried += len(chunk)
             progress.update(len(chunk))
-            if len(failed) > max_broken * max(100, tried):
+            if len(failed) > allowed:
                 raise DataError(
-                    f"{len(failed)} of {tried} pairs could not be labelled, more than a share of {max_broken}; "
-                    f"the first, {tuple(failed[0][0])}: {failed[0][1]}; mend the data, or allow more with --max-broken"
+                    f"{len(failed)} pairs could not be labelled, more than --max-broken {max_broken} of {len(mine)}; "
+                    f"mend the data, or allow more; the first is {tuple(failed[0][0])}: {failed[0][1]}"
                 )
     return LabelCount(len(missing) - len(failed), len(mine) - len(missing), failed)
 
@@ -229,12 +241,23 @@ def label_dataset(
 def claim_folder(labels: str | Path, settings: nsfp.NSFPSettings) -> None:
     """Write the teacher's settings into a new folder of labels, or raise DataError if it has been given others."""
     file, wanted = Path(labels) / "settings.json", dataclasses.asdict(settings)
-    for left_over in Path(labels).glob("*/.*.tmp"):
-        if time.time() - left_over.stat().st_mtime > 3600:  # of a process that was killed: nobody writes for so long
-            left_over.unlink(missing_ok=True)
+    for left_over in Path(labels).rglob(".*.tmp"):
+        with contextlib.suppress(OSError):  # another process has finished it, or swept it up
+            if time.time() - left_over.stat().st_mtime > 3600:  # of a process that was killed: no file takes so long
+                left_over.unlink()
     if not file.exists():
-        with atomic_file(file) as out:
+        if next(Path(labels).glob("*/*.feather"), None):
+            raise DataError(f"{file}: is missing, so whose labels are these? Restore it, or choose another folder")
+        proposal = file.with_name(f".settings.{uuid.uuid4().hex}.tmp")
+        with atomic_file(proposal) as out:
             out.write(json.dumps(wanted, indent=2).encode())
+        try:
+            os.link(proposal, file)
+        except FileExistsError:
+            pass  # another run was first: let us see whether it wants the same
+        except OSError:  # a file system without links: there, of two runs that start at once, the last one wins
+            os.replace(proposal, file)
+        proposal.unlink(missing_ok=True)
     found = folder_settings(labels)
     names = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
     if names:
@@ -316,21 +339,23 @@ def _label_chunk(chunk: Sequence[int], dataset, labels, settings, device) -> lis
         except (ValueError, OSError) as error:  # a file that cannot be read
             errors[index] = str(error)
     for index, label in zip(pairs, make_labels(list(pairs.values()), settings, device), strict=True):
-        if label.flow.isfinite().all():
+        try:
+            check_label(label)
+        except DataError as error:
+            errors[index] = str(error)
+        else:
             write_label(labels, label)
             _broken_path(labels, label.key).unlink(missing_ok=True)
-        else:
-            errors[index] = f"{tuple(label.key)}: the fit diverged; try a smaller learning rate or another seed"
     return list(errors.values())
 
 
 def _in_processes(chunks: Sequence[Sequence[int]], workers: int, state: tuple) -> Iterator[tuple[Sequence[int], list]]:
-    """Yield (chunk, result of `_label_chunk`) as they are done, in `workers` processes, or in this one if it is one.
+    """Yield (chunk, result of `_label_chunk`) as they are done, in `workers` processes, 0: one a core; 1: in this one.
 
     Each process has a pipe of its own, so that when one dies (out of memory, killed) it is known which chunk it had:
     that one is reported, and another process goes on with the rest. No standard pool does this.
     """
-    if workers <= 1:
+    if workers == 1:
         with one_thread():
             for chunk in chunks:
                 yield chunk, _label_chunk(chunk, *state)
@@ -338,51 +363,57 @@ def _in_processes(chunks: Sequence[Sequence[int]], workers: int, state: tuple) -
     context = multiprocessing.get_context("spawn")  # a forked copy of a process whose torch has run threads may hang
     waiting, crew, busy = iter(chunks), [], {}  # busy: pipe -> (its process, its chunk)
 
-    def hand_next_chunk_to(pipe=None, process=None) -> None:
+    def hire() -> tuple:
+        pipe, theirs = context.Pipe()
+        crew.append(context.Process(target=_work, args=(theirs,), daemon=True))
+        crew[-1].start()
+        theirs.close()  # so that the pipe ends when the process does
+        return pipe, crew[-1]
+
+    def hand_over(pipe, process, *first) -> None:
         chunk = next(waiting, None)
-        if chunk is None:
-            return
-        if process is None:
-            pipe, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs, state), daemon=True)
-            process.start()
-            crew.append(process)
-            theirs.close()  # so that the pipe ends when the process does
-        busy[pipe] = process, chunk
-        with contextlib.suppress(BrokenPipeError):  # it has died meanwhile: `recv` will tell
-            pipe.send(chunk)
+        if chunk is not None:
+            busy[pipe] = process, chunk
+            with contextlib.suppress(ConnectionError):  # it has died meanwhile: `recv` will tell
+                for message in (*first, chunk):
+                    pipe.send(message)
 
     try:
-        for _ in range(workers):
-            hand_next_chunk_to()
+        for pipe, process in [hire() for _ in range(min(workers or usable_cores(), len(chunks)))]:
+            hand_over(pipe, process, state)
         while busy:
             for pipe in multiprocessing.connection.wait(list(busy)):
                 process, chunk = busy.pop(pipe)
                 try:
                     result = pipe.recv()
-                except (EOFError, ConnectionResetError):
+                except (EOFError, ConnectionError):
                     process.join()
                     died = f"its process died (exit code {process.exitcode}; -9: killed, often for want of memory)"
-                    result, pipe, process = [died] * len(chunk), None, None
-                if isinstance(result, Exception):
-                    raise result
-                hand_next_chunk_to(pipe, process)
+                    result = [died] * len(chunk)
+                    hand_over(*hire(), state)
+                else:
+                    if isinstance(result, Exception):
+                        raise result
+                    hand_over(pipe, process)
                 yield chunk, result
     finally:
         for process in crew:
             process.kill()
 
 
-def _work(pipe, state: tuple) -> None:
-    """What a process of `_in_processes` does, until the pipe ends: take a chunk, give its result or an exception."""
+def _work(pipe) -> None:
+    """What a process of `_in_processes` does until the pipe ends: take a chunk, give its result or an exception."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to handle
     torch.set_num_threads(1)
-    with contextlib.suppress(EOFError, BrokenPipeError):
+    with contextlib.suppress(EOFError, ConnectionError):
+        state = pipe.recv()
         while True:
             chunk = pipe.recv()
             try:
                 result = _label_chunk(chunk, *state)
             except Exception as error:  # a label that cannot be written, or a mistake of ours: the run stops with it
+                if not isinstance(error, OSError):
+                    error.add_note(traceback.format_exc())  # a traceback itself does not travel
                 result = error
             pipe.send(result)
 
@@ -398,22 +429,30 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def label_status(dataset: data.Argoverse2Pairs, labels: str | Path) -> tuple[dict[str, list[PairKey]], list[float]]:
-    """The pairs by the state of their label ("made", "missing", "torn", "set aside"), and the seconds of those made."""
-    states, seconds = {"made": [], "missing": [], "torn": [], "set aside": []}, []
-    wanted = settings_hash(folder_settings(labels))
+def label_status(
+    dataset: data.Argoverse2Pairs, labels: str | Path
+) -> tuple[dict[str, dict[PairKey, str]], list[float]]:
+    """The pairs by the state of their label, each with what is wrong, and the seconds that those made have taken.
+
+    States: "made", "missing", "torn", "set aside" by `label`, and "foreign": of other settings than the folder's.
+    """
+    states = {name: {} for name in ("made", "missing", "torn", "set aside", "foreign")}
+    wanted, seconds = settings_hash(folder_settings(labels)), []
     for key in tqdm(dataset.keys, desc="check", unit="label", disable=len(dataset) < 1000):
+        state, reason = "missing", ""
         if label_path(labels, key).exists():
             try:
                 label = read_label(labels, key)
-                state = "made" if settings_hash(label.settings) == wanted else "torn"
-            except DataError:
-                state = "torn"
-            if state == "made":
-                seconds.append(label.seconds)
-        else:
-            state = "set aside" if _broken_path(labels, key).exists() else "missing"
-        states[state].append(key)
+            except DataError as error:
+                state, reason = "torn", str(error)
+            else:
+                state = "made" if settings_hash(label.settings) == wanted else "foreign"
+        if state == "made":
+            seconds.append(label.seconds)
+        elif state != "foreign":
+            with contextlib.suppress(FileNotFoundError):  # never set aside, or made by a run of this moment
+                state, reason = "set aside", json.loads(_broken_path(labels, key).read_text())["reason"]
+        states[state][key] = reason
     return states, seconds
 
 
@@ -610,8 +649,7 @@ def from_teacher(settings: nsfp.NSFPSettings, device: str = "cpu") -> Estimator:
 
     def estimator(pair: SweepPair) -> tuple[torch.Tensor, float]:
         label = make_labels([pair], settings, device)[0]
-        if not label.flow.isfinite().all():
-            raise DataError(f"{tuple(pair.key)}: the fit diverged; try a smaller learning rate or another seed")
+        check_label(label)
         return label.flow, label.seconds
 
     return estimator
@@ -707,6 +745,8 @@ def _label(arguments: argparse.Namespace) -> int:
     shard, device = chosen_shard(arguments.shard), arguments.device
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
+        if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+            raise DataError(f"torchrun's rank {device}: start as many ranks as there are GPUs, or say --device cpu")
     dataset = open_and_tell(arguments.data, true_flow=False)
     start = time.perf_counter()
     count = label_dataset(
@@ -728,12 +768,13 @@ def _status(arguments: argparse.Namespace) -> int:
     if not (Path(arguments.labels) / "settings.json").exists():
         raise DataError(f"{arguments.labels}: is no folder of labels; make it with `python zeroflow.py label`")
     states, seconds = label_status(dataset, arguments.labels)
-    counts = ", ".join(f"{len(keys)} {state}" for state, keys in states.items())
-    for key in states["set aside"]:
-        print(f"set aside: {tuple(key)}: {json.loads(_broken_path(arguments.labels, key).read_text())['reason']}")
-    for key in states["torn"]:
-        print(f"torn: {label_path(arguments.labels, key)}")
-    to_make = states["missing"] + states["torn"]
+    counts = ", ".join(f"{len(pairs)} {state}" for state, pairs in states.items() if pairs or state != "foreign")
+    for state in ("set aside", "torn"):
+        for key, reason in states[state].items():
+            print(f"{state}: {tuple(key)}: {reason}")
+    for key in states["foreign"]:
+        print(f"of other settings: {label_path(arguments.labels, key)}; move it away")
+    to_make = [*states["missing"], *states["torn"]]
     again = sorted({shard_of(key, arguments.shards) for key in to_make})
     if again:
         print("run again:", " ".join(f"--shard {shard}/{arguments.shards}" for shard in again))
@@ -821,7 +862,7 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         default=0.05,
         metavar="SHARE",
-        help="stop when more of the pairs tried (counted as 100 at least) are broken (default: %(default)s)",
+        help="stop when more of the pairs (counted as 100 at least) are broken (default: %(default)s)",
     )
     add_settings(sub, nsfp.NSFPSettings)
 
@@ -856,6 +897,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -260,9 +260,29 @@ def _rename_column(file):
     feather.write_feather(table.rename_columns(["a", *table.column_names[1:]]), file)
 
 
+def _column(name, values):
+    """Give every row of one column the same value."""
+
+    def break_it(file):
+        table = feather.read_table(file)
+        column = pyarrow.array([values] * table.num_rows)
+        feather.write_feather(table.set_column(table.column_names.index(name), name, column), file)
+
+    return break_it
+
+
+def _nulls(file):
+    for name in "xyz":
+        _column(name, None)(file)
+
+
 @pytest.mark.parametrize(
     ("pattern", "break_it", "message"),
     [
+        ("city_SE3_egovehicle.feather", _column("tx_m", float("nan")), r"feather: the pose of sweep \d+ is no number"),
+        ("sensors/lidar/*.feather", _nulls, r"lidar/\d+.feather: the sweep has no points"),
+        ("sensors/lidar/*.feather", _column("x", "far"), r"lidar/\d+.feather: its points are no numbers .*'far'"),
+        ("map/*_city.json", lambda file: file.write_text("[]"), "map: the ground raster cannot be read"),
         ("city_SE3_egovehicle.feather", _drop_pose, r"city_SE3_egovehicle.feather: no pose for sweep \d+; download"),
         ("city_SE3_egovehicle.feather", lambda file: file.unlink(), "city_SE3_egovehicle.feather: no such file"),
         ("sensors/lidar/*.feather", _empty, r"lidar/\d+.feather: the sweep has no points"),

@@ -193,6 +193,22 @@ def test_priors_side_by_side_are_priors_one_by_one():
         torch.testing.assert_close(both, nsfp.estimate_flow(*alone, settings), atol=1e-4, rtol=0)
 
 
+def test_the_fit_by_brute_force_as_on_a_gpu_is_the_fit_by_tree(monkeypatch):
+    settings = dataclasses.replace(TEACHERS["fast"], priors=2, batch_points=32, iterations=4)
+    pairs = [clouds(60, 70, seed=1), clouds(90, 50, seed=2)]
+    by_tree = nsfp._fit(*zip(*pairs, strict=True), settings)
+    monkeypatch.setattr(nsfp, "cKDTree", lambda points: None)
+    for flows, expected in zip(nsfp._fit(*zip(*pairs, strict=True), settings), by_tree, strict=True):
+        torch.testing.assert_close(flows, expected, atol=1e-4, rtol=0)
+
+
+def test_one_prior_that_diverged_spoils_the_flow_visibly(monkeypatch):
+    fitted = torch.zeros(4, 50, 3)
+    fitted[2] = torch.nan
+    monkeypatch.setattr(nsfp, "_fit", lambda *arguments: [fitted])
+    assert nsfp.estimate_flow(*clouds(50, 60)).isnan().all()
+
+
 def test_points_are_drawn_by_their_distance_to_sweep_1_within_bounds():
     """Distances of 0, 0.1, 0.2, 1.2 and out of reach: drawn as .05 : .1 : .2 : .3 : .05."""
     pc1 = torch.tensor([[0.0, 0, 0]])
@@ -268,6 +284,7 @@ def test_clouds_of_no_or_few_points_get_a_flow(teacher, n, m):
         ("fast", {"cycle": True}, "cycle and patience look at all points; they need batch_points 0"),
         ("fast", {"refine": ""}, "of several priors, sweep 1 chooses; they need refine sweep"),
         ("published", {"priors": 2, "refine": "sweep"}, "of several priors, sweep 1 chooses; .* and batch_points"),
+        ("fast", {"iterations": 0}, "iterations, priors, hidden_layers and ransac_trials must be positive"),
         ("fast", {"refine": "well"}, "refine 'well': choose flow, sweep or nothing"),
     ],
 )
@@ -290,8 +307,10 @@ def test_a_gpu_finds_the_same_neighbours_and_nearly_the_same_flow():
     settings = dataclasses.replace(TEACHERS["published"], iterations=5)
     on_gpu = nsfp.estimate_flow(pc0.cuda(), pc1.cuda(), settings).cpu()
     torch.testing.assert_close(on_gpu, nsfp.estimate_flow(pc0, pc1, settings), atol=1e-3, rtol=0)
-    still = nsfp.estimate_flows([pc0.cuda()] * 3, [pc0.cuda()] * 3, dataclasses.replace(QUICK["fast"], iterations=5))
-    assert len(still) == 3 and not any(flow.any() for flow in still)
+    fast = dataclasses.replace(QUICK["fast"], iterations=5)
+    for flows in nsfp._fit([pc0.cuda()] * 3, [pc1.cuda()] * 3, fast):  # other draws than on the CPU: other flows
+        assert flows.shape == (4, 500, 3) and flows.isfinite().all() and flows.is_cuda
+    assert nsfp.estimate_flow(pc0.cuda(), pc1.cuda(), fast).is_cuda
 
 
 @pytest.mark.parametrize(
@@ -436,6 +455,61 @@ def test_what_sweep_1_does_not_confirm_stands_still():
     still = torch.cat([a_box((10.0, 0, 0)), torch.tensor([[0.0, -20, 0]])])
     flow = torch.full((701, 3), 0.3)
     assert not nsfp.refine_flow(torch.cat([still, wall[0]]), flow, torch.cat([still, wall[1]])).any()
+
+
+def test_a_motion_must_explain_sweep_1_by_evidence_times_less_squared_distance():
+    """Sweep 1 is the box moved by 0.2 m, half of its points. Standing still leaves more, by a factor to be measured."""
+    box, truth = a_box((10.0, 0, 0)), torch.tensor([0.2, 0, 0])
+    sweep1 = box[::2] + truth
+    target = nsfp.Neighbours(sweep1.double())
+    left = [target.distance((box + flow).double(), 0.3, beyond=0.3).square().mean() for flow in (torch.zeros(3), truth)]
+    ratio = (left[0] / left[1]).item()
+    assert 1.5 < ratio < 20
+    for evidence, moves in ((0.9 * ratio, True), (1.1 * ratio, False)):
+        settings = dataclasses.replace(TEACHERS["fast"], evidence=evidence, icp_steps=0)
+        assert bool(nsfp.refine_flow(box, truth.expand(400, 3), sweep1, settings).any()) == moves
+
+
+def test_a_small_motion_that_sweep_1_confirms_becomes_none_too():
+    box = a_box((10.0, 0, 0))
+    for shift, moves in ((0.04, False), (0.06, True)):
+        flow = torch.tensor([shift, 0, 0]).expand(400, 3)
+        assert bool(nsfp.refine_flow(box, flow, box + flow).any()) == moves
+
+
+def test_ransac_tries_until_half_agree_and_no_longer(monkeypatch):
+    box, fits = a_box((10.0, 0, 0)).double(), []
+    rigid_motions = nsfp.rigid_motions
+    monkeypatch.setattr(nsfp, "rigid_motions", lambda *arguments: fits.append(1) or rigid_motions(*arguments))
+    cluster, settings = torch.zeros(400, dtype=torch.int64), TEACHERS["chodosh"]
+    nsfp.motions_by_ransac(box, box + 1, cluster, settings)
+    assert len(fits) == 2  # one trial, and the last fit
+    fits.clear()
+    nsfp.motions_by_ransac(box, 9 * torch.randn(400, 3, dtype=torch.float64), cluster, settings)
+    assert len(fits) == 251
+
+
+def test_at_most_so_many_random_points_speak_for_each_cluster():
+    cluster = torch.tensor([0, 1, -1, 0, 1, 0, 0, 2, 0])
+    members = (cluster >= 0).nonzero()[:, 0]
+    chosen = set()
+    for seed in range(30):
+        rows = nsfp._sample_of_each(
+            cluster, members, dataclasses.replace(TEACHERS["fast"], cluster_sample=2, seed=seed)
+        )
+        assert cluster[rows].bincount().tolist() == [2, 2, 1] and len(rows.unique()) == 5
+        chosen |= set(rows.tolist())
+    assert chosen == set(members.tolist())
+
+
+def test_what_cannot_be_refined_is_zero_or_refused():
+    box, empty = a_box((10.0, 0, 0)), torch.zeros(0, 3)
+    flow = torch.ones_like(box)
+    assert nsfp.refine_flow(empty, empty).shape == nsfp.refine_flow(empty, empty[None], box).shape == (0, 3)
+    assert not nsfp.refine_flow(box, flow, empty).any()
+    for broken in ((box, flow / 0), (box / 0, flow), (box, flow, box / 0)):
+        with pytest.raises(ValueError, match="points or flow to refine are NaN or infinite"):
+            nsfp.refine_flow(*broken)
 
 
 @pytest.mark.parametrize("refine", ["flow", "sweep"])
