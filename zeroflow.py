@@ -4,8 +4,7 @@ A slow label-free teacher (nsfp.py) labels pairs of sweeps (data.py); a fast stu
 pseudo-labels (train.py). Here is what joins them, in the order in which the data flows:
   the label store      one file a pair, found by log and time stamps, never by position
   the loss             `speed_weight` and `distillation_loss`
-  the metrics          two of the field's three-way EPEs, by name
-  the evaluation       of a student, a teacher, labels or a baseline
+  the evaluation       of a student, a teacher, labels or a baseline, by the metrics of metrics.py
   the commands         `python zeroflow.py --help`
 
 Points are (N, 3) float32 in metres, in the ego frame of sweep 0; flow is the residual displacement after ego-motion,
@@ -41,6 +40,7 @@ from tqdm import tqdm
 
 import data
 import fastflow3d
+import metrics
 import nsfp
 import synthetic
 from data import DataError, PairKey, SweepPair
@@ -458,8 +458,6 @@ def label_status(
 
 # --- The loss --------------------------------------------------------------------------------------------------------
 
-SWEEPS_PER_S = 10.0  # the nominal rate: speeds are 10 · displacement, whatever the pair's own time difference
-
 
 def speed_weight(speed_mps: torch.Tensor, kind: str = "formula") -> torch.Tensor:
     """Weight of a point by the speed (m/s) of its label, of the shape of `speed_mps`.
@@ -492,78 +490,9 @@ def distillation_loss(
     total = estimates[0].new_zeros(())
     for estimate, label, mask in zip(estimates, labels, masks, strict=True):
         error = (estimate[mask] - label[mask]).norm(dim=1)  # (N,) metres
-        weights = speed_weight(SWEEPS_PER_S * label[mask].norm(dim=1), weight)
+        weights = speed_weight(metrics.SWEEPS_PER_S * label[mask].norm(dim=1), weight)
         total = total + (weights * error).sum() / max(1, len(error))
     return total
-
-
-# --- The metrics -----------------------------------------------------------------------------------------------------
-# "Three-way EPE" means different things in the field: always the mean of three groups' mean end-point errors, so that
-# the many points that stand still do not drown the few that move, but over different points and groups.
-
-FD, FS, BS, NOT_COUNTED = 0, 1, 2, -1  # foreground dynamic, foreground static, background static
-
-_PEDESTRIANS = "PEDESTRIAN STROLLER WHEELCHAIR OFFICIAL_SIGNALER".split()
-_SMALL_VEHICLES = "BICYCLE BICYCLIST MOTORCYCLE MOTORCYCLIST WHEELED_DEVICE WHEELED_RIDER".split()
-_LARGE_VEHICLES = (
-    "ARTICULATED_BUS BOX_TRUCK BUS LARGE_VEHICLE RAILED_VEHICLE REGULAR_VEHICLE SCHOOL_BUS TRUCK TRUCK_CAB "
-    "VEHICULAR_TRAILER TRAFFIC_LIGHT_TRAILER MESSAGE_BOARD_TRAILER"
-).split()
-_PAPER_MOVERS = torch.tensor([name in _PEDESTRIANS + _SMALL_VEHICLES + _LARGE_VEHICLES for name in data.CATEGORIES])
-_PAPER_NO_GROUP = torch.tensor([name in ("ANIMAL", "DOG") for name in data.CATEGORIES])
-
-
-def grid_groups(pair: SweepPair) -> torch.Tensor:
-    """(N0,) int64, the project's own yardstick: every point that is not ground and in the student's grid.
-
-    Foreground is every labelled category, dynamic is av2's label (the residual is 5 cm or more).
-    """
-    is_foreground = pair.category > 0
-    groups = torch.where(is_foreground, torch.where(pair.is_dynamic, FD, FS), BS)
-    return torch.where(input_masks(pair)[0], groups, NOT_COUNTED)
-
-
-def paper_groups(pair: SweepPair) -> torch.Tensor:
-    """(N0,) int64, as ZeroFlow's published code: not ground, in the grid, |x| and |y| at most 35 m.
-
-    Movers are pedestrians and vehicles, split at 0.5 m/s; signs, cones and bollards count as background; animals are in
-    no group. Points whose object is gone in sweep 1 (is_valid False) are *not* excluded.
-    """
-    category = pair.category.long()
-    is_fast = SWEEPS_PER_S * pair.flow.norm(dim=1) >= 0.5
-    groups = torch.where(_PAPER_MOVERS[category], torch.where(is_fast, FD, FS), BS)
-    is_near = (pair.pc0[:, :2].abs() <= 35).all(dim=1)
-    is_counted = input_masks(pair)[0] & is_near & ~_PAPER_NO_GROUP[category]
-    return torch.where(is_counted, groups, NOT_COUNTED)
-
-
-class ThreeWayEPE:
-    """End-point error (metres) by group, summed exactly over any number of sweeps."""
-
-    def __init__(self) -> None:
-        self.sums = torch.zeros(3, dtype=torch.float64)
-        self.counts = torch.zeros(3, dtype=torch.float64)
-
-    def add(self, error: torch.Tensor, groups: torch.Tensor) -> None:
-        """error (N,) metres; groups (N,) FD, FS, BS or NOT_COUNTED."""
-        is_counted = groups != NOT_COUNTED
-        self.sums += torch.bincount(groups[is_counted], error[is_counted].double(), minlength=3)
-        self.counts += torch.bincount(groups[is_counted], minlength=3)
-
-    @property
-    def epe(self) -> float:
-        """Mean over all points, whatever their group; NaN without points."""
-        return (self.sums.sum() / self.counts.sum()).item()
-
-    @property
-    def parts(self) -> tuple[float, float, float]:
-        """Mean errors of FD, FS, BS; NaN for a group without points, never 0."""
-        return tuple((self.sums / self.counts).tolist())
-
-    @property
-    def three_way(self) -> float:
-        """Mean over the groups that have points."""
-        return (self.sums / self.counts).nanmean().item()
 
 
 # --- The evaluation --------------------------------------------------------------------------------------------------
@@ -578,7 +507,7 @@ def evaluate(dataset: Sequence[SweepPair], estimator: Estimator) -> dict[str, fl
     pairs of each pair's own, where a sweep with one big car near by counts no more than another. paper_three_way (with
     parts) is the published definition. seconds_per_pair is the median. Raises DataError where a pair has no true flow.
     """
-    grid, paper = ThreeWayEPE(), ThreeWayEPE()
+    grid, paper = metrics.ThreeWayEPE(), metrics.ThreeWayEPE()
     pair_three_ways, seconds = [], []
     for index in tqdm(range(len(dataset)), desc="evaluate", unit="pair", disable=len(dataset) < 2):
         pair = dataset[index]
@@ -586,9 +515,12 @@ def evaluate(dataset: Sequence[SweepPair], estimator: Estimator) -> dict[str, fl
             raise DataError(f"{pair.key}: no true flow to compare with; evaluate a split that has annotations.feather")
         flow, pair_seconds = estimator(pair)
         error = (flow - pair.flow).norm(dim=1)
-        alone = ThreeWayEPE()
-        for metric, groups in ((grid, grid_groups), (paper, paper_groups), (alone, grid_groups)):
-            metric.add(error, groups(pair))
+        is_input, _ = input_masks(pair)
+        in_grid = metrics.grid_groups(pair.category, pair.is_dynamic, is_input)
+        alone = metrics.ThreeWayEPE()
+        grid.add(error, in_grid)
+        alone.add(error, in_grid)
+        paper.add(error, metrics.paper_groups(pair.pc0, pair.flow, pair.category, is_input, data.CATEGORIES))
         pair_three_ways.append(alone.three_way)
         seconds.append(pair_seconds)
     result = {"pairs": len(seconds), "points": int(grid.counts.sum()), "grid_epe": grid.epe}

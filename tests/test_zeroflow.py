@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import data
+import metrics
 import nsfp
 import zeroflow
 
@@ -79,31 +80,33 @@ def test_no_rows_give_a_loss_of_zero_that_can_be_stepped_on():
 
 
 def test_three_way_epe_by_hand():
-    epe = zeroflow.ThreeWayEPE()
-    epe.add(
-        torch.tensor([1.0, 3.0, 0.5, 7.0]), torch.tensor([zeroflow.FD, zeroflow.FD, zeroflow.FS, zeroflow.NOT_COUNTED])
-    )
+    epe = metrics.ThreeWayEPE()
+    epe.add(torch.tensor([1.0, 3.0, 0.5, 7.0]), torch.tensor([metrics.FD, metrics.FD, metrics.FS, metrics.NOT_COUNTED]))
     assert epe.parts[:2] == (2.0, 0.5) and math.isnan(epe.parts[2])  # no background: NaN, not 0
     assert epe.three_way == 1.25 and epe.epe == 1.5  # ... and out of the mean
-    epe.add(torch.tensor([0.1, 0.3, 0.2, 0.2]), torch.full((4,), zeroflow.BS))
+    epe.add(torch.tensor([0.1, 0.3, 0.2, 0.2]), torch.full((4,), metrics.BS))
     assert epe.parts == pytest.approx((2.0, 0.5, 0.2))
     assert epe.three_way == pytest.approx(0.9)
     assert epe.epe == pytest.approx((1 + 3 + 0.5 + 0.8) / 7)
-    assert math.isnan(zeroflow.ThreeWayEPE().three_way)
+    assert math.isnan(metrics.ThreeWayEPE().three_way)
+
+
+def grid_groups(pair: data.SweepPair) -> torch.Tensor:
+    return metrics.grid_groups(pair.category, pair.is_dynamic, zeroflow.input_masks(pair)[0])
 
 
 def test_grid_groups_by_hand():
     car = data.CATEGORIES.index("REGULAR_VEHICLE")
     points = [[0, 0, 0], [50, 50, 0], [0, 0, 2.9], [51.2, 0, 0], [0, 0, -3.1]]
     pair = a_pair(points, category=[car, car, 0, car, 0], is_dynamic=[True, False, False, True, False])
-    assert zeroflow.grid_groups(pair).tolist() == [0, 1, 2, -1, -1]
+    assert grid_groups(pair).tolist() == [0, 1, 2, -1, -1]
     ground = dataclasses.replace(pair, is_ground0=torch.tensor([True, False, True, False, False]))
-    assert zeroflow.grid_groups(ground).tolist() == [-1, 1, -1, -1, -1]
+    assert grid_groups(ground).tolist() == [-1, 1, -1, -1, -1]
 
 
 def test_paper_groups_by_hand():
     """Category, displacement in a sweep, place -> group."""
-    FD, FS, BS, out = zeroflow.FD, zeroflow.FS, zeroflow.BS, zeroflow.NOT_COUNTED
+    FD, FS, BS, out = metrics.FD, metrics.FS, metrics.BS, metrics.NOT_COUNTED
     rows = [
         ("REGULAR_VEHICLE", 0.051, (0, 0, 0), FD),  # above 0.5 m/s
         ("REGULAR_VEHICLE", 0.049, (0, 0, 0), FS),
@@ -124,12 +127,13 @@ def test_paper_groups_by_hand():
         category=[data.CATEGORIES.index(name) for name in names],
         is_valid=[False] * len(rows),  # invalid points are not excluded
     )
-    assert zeroflow.paper_groups(pair).tolist() == list(groups)
-    movers = {name for i, name in enumerate(data.CATEGORIES) if zeroflow._PAPER_MOVERS[i]}
+    is_input, _ = zeroflow.input_masks(pair)
+    found = metrics.paper_groups(pair.pc0, pair.flow, pair.category, is_input, data.CATEGORIES)
+    assert found.tolist() == list(groups)
     background = (
         "NONE BOLLARD CONSTRUCTION_BARREL CONSTRUCTION_CONE MOBILE_PEDESTRIAN_CROSSING_SIGN SIGN STOP_SIGN".split()
     )
-    assert movers == set(data.CATEGORIES) - set(background) - {"ANIMAL", "DOG"}
+    assert metrics._PAPER_MOVERS == set(data.CATEGORIES) - set(background) - {"ANIMAL", "DOG"}
 
 
 def test_evaluation_pools_points_and_gives_the_mean_over_pairs_beside_it():
