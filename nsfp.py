@@ -17,7 +17,8 @@ Three settings of the same code (TEACHERS):
              for Autonomous Driving", WACV 2024): the paper's second teacher.
   fast       four networks of 64 wide, a small batch of points a step, only the way from sweep 0 to sweep 1, cosine
              rate; then every cluster moves rigidly, as that network says whose motion sweep 1 confirms, or not at all.
-             Seconds a pair on one core. Departs from the paper where `NSFPSettings` says so.
+             Seconds a pair on one core. Departs from the paper where `NSFPSettings` says so; README's results say
+             what each departure is worth.
 Code bases that are all called NSFP differ: the original stops at a change of 1e-4, others after 30 or 150 iterations
 without improvement, or drop the cycle. `published` is what made ZeroFlow's labels.
 

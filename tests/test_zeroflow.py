@@ -156,13 +156,13 @@ def test_baselines_on_the_real_pair_are_the_known_numbers(av2_pair):
         assert [result[key] for key in keys] == pytest.approx(numbers, abs=3e-4), name
 
 
-def test_the_fast_teacher_more_than_halves_the_error_of_no_motion_on_the_real_pair(av2_pair):
+def test_the_fast_teacher_beats_no_motion_on_the_real_pair_where_it_moves_and_on_the_whole(av2_pair):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     result = zeroflow.evaluate([av2_pair], zeroflow.from_teacher(nsfp.TEACHERS["fast"]))
     torch.set_num_threads(threads)
-    assert result["grid_three_way"] < 0.2234 / 2
-    assert result["grid_epe"] < 0.030
+    assert result["grid_three_way"] < 0.10  # no motion: .2234
+    assert result["grid_epe"] < 0.012  # .0193
 
 
 # --- The commands ----------------------------------------------------------------------------------------------------
