@@ -696,6 +696,8 @@ def _label(arguments: argparse.Namespace) -> int:
 
 
 def _status(arguments: argparse.Namespace) -> int:
+    if arguments.shards < 1:
+        raise DataError(f"--shards {arguments.shards}: must be positive")
     dataset = open_and_tell(arguments.data, true_flow=False)
     if not (Path(arguments.labels) / "settings.json").exists():
         raise DataError(f"{arguments.labels}: is no folder of labels; make it with `python zeroflow.py label`")
@@ -707,13 +709,17 @@ def _status(arguments: argparse.Namespace) -> int:
     for key in states["foreign"]:
         print(f"of other settings: {label_path(arguments.labels, key)}; move it away")
     to_make = [*states["missing"], *states["torn"]]
-    again = sorted({shard_of(key, arguments.shards) for key in to_make})
+    again = [f"{i}/{arguments.shards}" for i in sorted({shard_of(key, arguments.shards) for key in to_make})]
     if again:
-        print("run again:", " ".join(f"--shard {shard}/{arguments.shards}" for shard in again))
+        print("run again:", " ".join(f"--shard {shard}" for shard in again))
+    hours = len(to_make) * float(np.mean(seconds)) / 3600 if seconds else None
     if to_make and seconds:
-        hours = len(to_make) * float(np.mean(seconds)) / 3600
         price = f", {hours * arguments.price:.2f} $" if arguments.price else ""
         print(f"left: {hours:.2f} hours of one worker, at {np.mean(seconds):.2f} s a pair{price}")
+    if arguments.json:
+        numbers = {state.replace(" ", "_"): len(pairs) for state, pairs in states.items()}
+        with atomic_file(Path(arguments.json)) as file:
+            file.write(json.dumps({**numbers, "run_again": again, "hours_left": hours}, indent=2).encode())
     print(f"{arguments.labels}: {counts}, of {len(dataset)} pairs")
     return 0 if len(states["made"]) == len(dataset) else 1
 
@@ -808,6 +814,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--labels", required=True, help="a folder that `label` writes")
     sub.add_argument("--shards", type=int, default=1, help="name those of so many shards that are to be run again")
     sub.add_argument("--price", type=float, default=0.0, help="dollars an hour of one worker (a core, or a GPU)")
+    sub.add_argument("--json", metavar="FILE", help="write the counts, shards to run again and hours here")
 
     sub = command("evaluate", _evaluate, "compare flow with the truth", "--data av2/val --checkpoint student.pt")
     sub.add_argument("--data", required=True, help="a split (folder of logs) or one log, with annotations")

@@ -536,12 +536,17 @@ def test_status_counts_names_shards_and_says_what_is_left(tmp_path, street_folde
     paths[2].with_suffix(".broken.json").write_text(json.dumps({"reason": "the sweep is gone"}))
     label = zeroflow.read_label(tmp_path / "labels", street.keys[3])
     zeroflow.write_label(tmp_path / "labels", dataclasses.replace(label, seconds=1800.0))
-    assert zeroflow.main([*arguments, "--shards", "5", "--price", "2.5"]) == 1
+    numbers = tmp_path / "numbers.json"
+    assert zeroflow.main([*arguments, "--shards", "5", "--price", "2.5", "--json", str(numbers)]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1].endswith("labels: 1 made, 1 missing, 1 torn, 1 set aside, of 4 pairs")
     assert "left: 1.00 hours of one worker, at 1800.00 s a pair, 2.50 $" in lines
     again = sorted({zeroflow.shard_of(street.keys[i], 5) for i in (0, 1)})
     assert "run again: " + " ".join(f"--shard {shard}/5" for shard in again) in lines
+    assert json.loads(numbers.read_text()) == {
+        **{"made": 1, "missing": 1, "torn": 1, "set_aside": 1, "foreign": 0},
+        **{"run_again": [f"{shard}/5" for shard in again], "hours_left": 1.0},
+    }
     assert any(line.startswith("torn: ") and f"{paths[1]}: not a whole Feather file" in line for line in lines)
     assert any("the sweep is gone" in line for line in lines)
     about = dataclasses.asdict(dataclasses.replace(QUICK, seed=1))

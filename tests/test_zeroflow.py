@@ -201,6 +201,8 @@ def test_mistakes_get_one_clear_line_and_a_status(tmp_path, street_folder, capsy
         (("synthesize", "--out", street_folder, "--logs", 1), "is not empty; choose a new folder"),
         (("label", "--data", street_folder, "--labels", tmp_path, "--device", "tpu"), "--device 'tpu': choose cpu"),
         (("evaluate", "--data", street_folder, "--baseline", "nearest", "--seed", 1), "without --teacher"),
+        (("status", "--data", street_folder, "--labels", tmp_path), "is no folder of labels; make it with"),
+        (("status", "--data", street_folder, "--labels", tmp_path, "--shards", 0), "--shards 0: must be positive"),
         (("label", "--data", street_folder, "--labels", tmp_path, "--refine", "more"), "refine 'more': choose flow,"),
     ):
         assert zeroflow.main([*map(str, arguments)]) == 1
