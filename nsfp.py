@@ -83,6 +83,8 @@ class NSFPSettings:
             raise ValueError(
                 "iterations, priors, hidden_layers and ransac_trials must be positive, batch_points not below 0"
             )
+        if not 0 < self.draw_min <= self.draw_max:
+            raise ValueError(f"draw_min {self.draw_min} and draw_max {self.draw_max}: needs 0 < draw_min <= draw_max")
         if self.refine not in ("", "flow", "sweep"):
             raise ValueError(f"refine {self.refine!r}: choose flow, sweep or nothing")
         if self.batch_points and (self.cycle or self.patience):
@@ -268,9 +270,7 @@ def truncated_sq_distance(queries: torch.Tensor, target: Neighbours, truncation_
     1.41 m. And what is cut becomes 0 but stays in the mean, which is over *all* points: a point without a partner
     (hidden, or out of range) pulls nowhere, and does not raise the weight of the others.
     """
-    index = target.nearest(queries, max_distance=math.sqrt(truncation_sq))  # (N,)
-    is_found = index < len(target.points)
-    partner = target.points[index.clamp(max=len(target.points) - 1)]
+    partner, is_found = target.partners(queries, max_distance=math.sqrt(truncation_sq))
     distance_sq = (queries - partner).square().sum(dim=1)
     return torch.where(is_found & (distance_sq < truncation_sq), distance_sq, 0.0)
 
@@ -295,11 +295,16 @@ class Neighbours:
         _, index = self.tree.query(_finite(queries), distance_upper_bound=bound, workers=torch.get_num_threads())
         return torch.from_numpy(index)
 
+    def partners(self, queries: torch.Tensor, max_distance: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """The nearest point (N, 3) for each query (N, 3); (N,) bool: whether it is closer than the maximum."""
+        row = self.nearest(queries, max_distance)
+        return self.points[row.clamp(max=len(self.points) - 1)], row < len(self.points)
+
     def distance(self, queries: torch.Tensor, max_distance: float, beyond: float) -> torch.Tensor:
         """(N,) distance to the nearest point for each query (N, 3); `beyond` where none is closer than the maximum."""
-        row = self.nearest(queries, max_distance)
-        distance = (queries - self.points[row.clamp(max=len(self.points) - 1)]).norm(dim=1)
-        return torch.where((row < len(self.points)) & (distance < max_distance), distance, beyond)
+        partner, is_found = self.partners(queries, max_distance)
+        distance = (queries - partner).norm(dim=1)
+        return torch.where(is_found & (distance < max_distance), distance, beyond)
 
 
 def _finite(points: torch.Tensor) -> np.ndarray:
@@ -417,17 +422,20 @@ def motions_by_ransac(
     rows_by_cluster, first = cluster.argsort(stable=True), size.cumsum(0) - size
     best = torch.zeros(len(size), dtype=torch.float64)  # inliers
     motion = torch.eye(3, 4, dtype=torch.float64).repeat(len(size), 1, 1)
-    is_inlier = lambda rows, motion, c: (  # noqa: E731
-        (move(points[rows], motion, c) - moved[rows]).square().sum(dim=1) < settings.inlier_reach**2
-    ).double()
+
+    def is_inlier(rows: torch.Tensor, motion: torch.Tensor, cluster: torch.Tensor) -> torch.Tensor:
+        """(R,) 1 for those rows that the motion of their cluster takes to where the flow does, else 0; float64."""
+        distance_sq = (move(points[rows], motion, cluster) - moved[rows]).square().sum(dim=1)
+        return (distance_sq < settings.inlier_reach**2).double()
 
     open_ = torch.arange(len(size))  # (O,) the clusters still tried ...
-    rows, slot = torch.arange(len(points)), cluster  # ... their points, and which of the O each belongs to
+    everyone = torch.arange(len(points))
+    rows, slot = everyone, cluster  # ... their points, and which of the O each belongs to
     for _ in range(settings.ransac_trials):
         three = (torch.rand(len(open_), 3, generator=generator) * size[open_][:, None]).long()
         three = rows_by_cluster[first[open_][:, None] + three].flatten()  # (3 O,)
         trial = rigid_motions(points[three], moved[three], torch.arange(len(open_)).repeat_interleave(3))
-        inliers = torch.zeros(len(open_), dtype=torch.float64).index_add_(0, slot, is_inlier(rows, trial, slot))
+        inliers = slot.bincount(is_inlier(rows, trial, slot))
         is_better = inliers > best[open_]
         best[open_[is_better]], motion[open_[is_better]] = inliers[is_better], trial[is_better]
         stays = best[open_] < 0.5 * size[open_]
@@ -435,7 +443,7 @@ def motions_by_ransac(
             break
         renumbered, kept = stays.cumsum(0) - 1, stays[slot]
         open_, rows, slot = open_[stays], rows[kept], renumbered[slot[kept]]
-    final = rigid_motions(points, moved, cluster, is_inlier(slice(None), motion, cluster))
+    final = rigid_motions(points, moved, cluster, is_inlier(everyone, motion, cluster))
     return torch.where((best >= 3)[:, None, None], final, motion)
 
 
@@ -458,10 +466,9 @@ def _confirmed_motions(
     best = mismatch(best_motion) / settings.evidence
     for motion in candidates:
         for _ in range(settings.icp_steps):
-            row = target.nearest(move(points, motion, cluster), reach)
-            is_found = (row < len(target.points)).double()
-            drawn = rigid_motions(points, target.points[row.clamp(max=len(target.points) - 1)], cluster, is_found)
-            is_fixed = cluster.bincount(is_found) >= settings.cluster_points
+            partner, is_found = target.partners(move(points, motion, cluster), reach)
+            drawn = rigid_motions(points, partner, cluster, is_found.double())
+            is_fixed = cluster.bincount(is_found.double()) >= settings.cluster_points
             motion = torch.where(is_fixed[:, None, None], drawn, motion)
         left = mismatch(motion)
         best_motion = torch.where((left < best)[:, None, None], motion, best_motion)

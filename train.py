@@ -107,8 +107,6 @@ def run(settings: TrainSettings) -> dict[str, dict[str, float]]:
     if test_set is None:
         return {}
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # every row of the table on one thread, so that times can be compared
     estimators = {
         "no motion": zeroflow.timed(zeroflow.no_motion),
         "nearest": zeroflow.timed(zeroflow.nearest_neighbour),
@@ -116,11 +114,11 @@ def run(settings: TrainSettings) -> dict[str, dict[str, float]]:
     if test_labels is not None:
         estimators["teacher"] = zeroflow.from_labels(test_labels)
     estimators["student"] = zeroflow.from_student(model)
-    rows = {name: zeroflow.evaluate(test_set, estimator) for name, estimator in estimators.items()}
-    if "teacher" in rows:  # its labels were made by several processes at once: time it again, alone as the others were
-        again = zeroflow.from_teacher(STREET_TEACHER)
-        rows["teacher"]["seconds_per_pair"] = statistics.median(again(test_set[index])[1] for index in range(3))
-    torch.set_num_threads(threads)
+    with zeroflow.one_thread():  # for every row of the table, so that times can be compared
+        rows = {name: zeroflow.evaluate(test_set, estimator) for name, estimator in estimators.items()}
+        if "teacher" in rows:  # its labels were made by several processes at once: time it again, alone as the others
+            again = zeroflow.from_teacher(STREET_TEACHER)
+            rows["teacher"]["seconds_per_pair"] = statistics.median(again(test_set[index])[1] for index in range(3))
     where = settings.val or "the street, of logs that the student never saw"
     print(f"\n{len(test_set)} pairs of {where}; errors in metres, times of one CPU thread", end="")
     print("" if settings.device == "cpu" else f", the student's of {settings.device}")

@@ -219,12 +219,12 @@ def label_dataset(
     missing = [i for i in check if not _has_label(labels, dataset.keys[i], wanted)]
     at_once = PAIRS_AT_ONCE[torch.device(device).type]
     chunks = [missing[i : i + at_once] for i in range(0, len(missing), at_once)]
-    if device != "cpu":
-        workers = workers or min(8, usable_cores())  # each has a context and a batch on the GPU
+    most = usable_cores() if device == "cpu" else min(8, usable_cores())  # each has a context and a batch on the GPU
+    processes = 0 if workers == 1 else min(workers or most, len(chunks))
     failed, allowed = [], max_broken * max(100, len(mine))
     name = "teacher" if shard[1] == 1 else f"teacher {shard[0]}/{shard[1]}"
     with tqdm(total=len(missing), desc=name, unit="pair", disable=not missing) as progress:
-        for chunk, errors in _in_processes(chunks, workers, (dataset, labels, settings, device)):
+        for chunk, errors in _in_processes(chunks, processes, (dataset, labels, settings, device)):
             for index, error in zip(chunk, errors, strict=True):
                 if error is not None:
                     failed.append((dataset.keys[index], error))
@@ -306,19 +306,28 @@ def usable_cores() -> int:
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def _has_label(labels: str | Path, key: PairKey, wanted: str) -> bool:
-    """A label is there if it validates, not if a file of its name exists."""
-    if not label_path(labels, key).exists():
-        return False
+def label_state(labels: str | Path, key: PairKey, wanted: str) -> tuple[str, Label | str]:
+    """What there is for a pair: ("made", its label), or "missing", "torn" or "foreign" and what is wrong with it.
+
+    A label is made if it validates, not if a file of its name exists; foreign, if its settings' hash is not `wanted`.
+    """
+    path = label_path(labels, key)
+    if not path.exists():
+        return "missing", ""
     try:
-        found = settings_hash(read_label(labels, key).settings)
-    except DataError:
-        return False
-    if found != wanted:
-        raise DataError(
-            f"{label_path(labels, key)}: is of other settings than its folder's settings.json; move it away"
-        )
-    return True
+        label = read_label(labels, key)
+    except DataError as error:
+        return "torn", str(error)
+    if settings_hash(label.settings) != wanted:
+        return "foreign", f"{path}: is of other settings than its folder's settings.json; move it away"
+    return "made", label
+
+
+def _has_label(labels: str | Path, key: PairKey, wanted: str) -> bool:
+    state, found = label_state(labels, key, wanted)
+    if state == "foreign":
+        raise DataError(found)
+    return state == "made"
 
 
 def _broken_path(labels: str | Path, key: PairKey) -> Path:
@@ -349,13 +358,15 @@ def _label_chunk(chunk: Sequence[int], dataset, labels, settings, device) -> lis
     return list(errors.values())
 
 
-def _in_processes(chunks: Sequence[Sequence[int]], workers: int, state: tuple) -> Iterator[tuple[Sequence[int], list]]:
-    """Yield (chunk, result of `_label_chunk`) as they are done, in `workers` processes, 0: one a core; 1: in this one.
+def _in_processes(
+    chunks: Sequence[Sequence[int]], processes: int, state: tuple
+) -> Iterator[tuple[Sequence[int], list]]:
+    """Yield (chunk, result of `_label_chunk`) as they are done, in so many processes; 0: in this one.
 
     Each process has a pipe of its own, so that when one dies (out of memory, killed) it is known which chunk it had:
     that one is reported, and another process goes on with the rest. No standard pool does this.
     """
-    if workers == 1:
+    if processes == 0:
         with one_thread():
             for chunk in chunks:
                 yield chunk, _label_chunk(chunk, *state)
@@ -379,7 +390,7 @@ def _in_processes(chunks: Sequence[Sequence[int]], workers: int, state: tuple) -
                     pipe.send(message)
 
     try:
-        for pipe, process in [hire() for _ in range(min(workers or usable_cores(), len(chunks)))]:
+        for pipe, process in [hire() for _ in range(processes)]:
             hand_over(pipe, process, state)
         while busy:
             for pipe in multiprocessing.connection.wait(list(busy)):
@@ -420,7 +431,7 @@ def _work(pipe) -> None:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """torch with one thread: the teacher's matrices are too small to gain from a second."""
+    """torch with one thread: the teacher's matrices are too small to gain from a second, and times compare better."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -439,20 +450,14 @@ def label_status(
     states = {name: {} for name in ("made", "missing", "torn", "set aside", "foreign")}
     wanted, seconds = settings_hash(folder_settings(labels)), []
     for key in tqdm(dataset.keys, desc="check", unit="label", disable=len(dataset) < 1000):
-        state, reason = "missing", ""
-        if label_path(labels, key).exists():
-            try:
-                label = read_label(labels, key)
-            except DataError as error:
-                state, reason = "torn", str(error)
-            else:
-                state = "made" if settings_hash(label.settings) == wanted else "foreign"
+        state, found = label_state(labels, key, wanted)
         if state == "made":
-            seconds.append(label.seconds)
+            seconds.append(found.seconds)
+            found = ""
         elif state != "foreign":
             with contextlib.suppress(FileNotFoundError):  # never set aside, or made by a run of this moment
-                state, reason = "set aside", json.loads(_broken_path(labels, key).read_text())["reason"]
-        states[state][key] = reason
+                found, state = json.loads(_broken_path(labels, key).read_text())["reason"], "set aside"
+        states[state][key] = found
     return states, seconds
 
 
@@ -712,10 +717,13 @@ def _status(arguments: argparse.Namespace) -> int:
     again = [f"{i}/{arguments.shards}" for i in sorted({shard_of(key, arguments.shards) for key in to_make})]
     if again:
         print("run again:", " ".join(f"--shard {shard}" for shard in again))
-    hours = len(to_make) * float(np.mean(seconds)) / 3600 if seconds else None
+    hours = None
+    if seconds:
+        each_s = float(np.mean(seconds))
+        hours = len(to_make) * each_s / 3600
     if to_make and seconds:
         price = f", {hours * arguments.price:.2f} $" if arguments.price else ""
-        print(f"left: {hours:.2f} hours of one worker, at {np.mean(seconds):.2f} s a pair{price}")
+        print(f"left: {hours:.2f} hours of one worker, at {each_s:.2f} s a pair{price}")
     if arguments.json:
         numbers = {state.replace(" ", "_"): len(pairs) for state, pairs in states.items()}
         with atomic_file(Path(arguments.json)) as file:

@@ -62,7 +62,7 @@ def reading(folder: str) -> None:
 def teacher(folder: str) -> None:
     """CPU time and error of `fast`, seeds 0 to 4, on one pair, against 346 iterations of `published`; then ten streets.
 
-    346 is what the published teacher takes on the real pair with seed 0.
+    346 is what a fit of the published teacher on the real pair was seen to take, with seed 0.
     """
     torch.set_num_threads(1)
     pairs = a_full_pair(folder)

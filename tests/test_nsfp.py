@@ -285,6 +285,7 @@ def test_clouds_of_no_or_few_points_get_a_flow(teacher, n, m):
         ("fast", {"refine": ""}, "of several priors, sweep 1 chooses; they need refine sweep"),
         ("published", {"priors": 2, "refine": "sweep"}, "of several priors, sweep 1 chooses; .* and batch_points"),
         ("fast", {"iterations": 0}, "iterations, priors, hidden_layers and ransac_trials must be positive"),
+        ("fast", {"draw_min": 0.0}, "draw_min 0.0 and draw_max 0.3: needs 0 < draw_min <= draw_max"),
         ("fast", {"refine": "well"}, "refine 'well': choose flow, sweep or nothing"),
     ],
 )

@@ -157,10 +157,8 @@ def test_baselines_on_the_real_pair_are_the_known_numbers(av2_pair):
 
 
 def test_the_fast_teacher_beats_no_motion_on_the_real_pair_where_it_moves_and_on_the_whole(av2_pair):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    result = zeroflow.evaluate([av2_pair], zeroflow.from_teacher(nsfp.TEACHERS["fast"]))
-    torch.set_num_threads(threads)
+    with zeroflow.one_thread():
+        result = zeroflow.evaluate([av2_pair], zeroflow.from_teacher(nsfp.TEACHERS["fast"]))
     assert result["grid_three_way"] < 0.10  # no motion: .2234
     assert result["grid_epe"] < 0.012  # .0193
 
