@@ -17,6 +17,7 @@ This file needs torch, and none of its siblings.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,6 +38,16 @@ class FastFlow3DSettings:
     level_channels: tuple[int, ...] = (64, 128, 256)  # of the U-Net's encoder; each level halves the resolution
     level_blocks: tuple[int, ...] = (4, 6, 6)
     head_channels: int = 32
+
+    def __post_init__(self):
+        if len(self.level_channels) != len(self.level_blocks):
+            raise ValueError(f"{len(self.level_channels)} level_channels for {len(self.level_blocks)} level_blocks")
+        if not self.cell_m > 0:
+            raise ValueError(f"cell_m {self.cell_m}: must be positive")
+        multiple = 2 ** len(self.level_channels)  # each level halves the map
+        for half, cells in zip(self.half_extent_m[1::-1], self.cells, strict=True):
+            if abs(cells * self.cell_m - 2 * half) > 1e-3 or cells % multiple:
+                raise ValueError(f"{2 * half} m in cells of {self.cell_m} m: must be a multiple of {multiple} cells")
 
     @property
     def cells(self) -> tuple[int, int]:
@@ -59,6 +70,15 @@ MODELS = {
 }
 
 
+def check_clouds(pc0s: Sequence[torch.Tensor], pc1s: Sequence[torch.Tensor]) -> None:
+    """Raise ValueError where lists of clouds are not what a model takes."""
+    if not pc0s or len(pc0s) != len(pc1s):
+        raise ValueError(f"{len(pc0s)} clouds of sweep 0 and {len(pc1s)} of sweep 1: give as many, and one at least")
+    for cloud in (*pc0s, *pc1s):
+        if cloud.ndim != 2 or cloud.shape[1] != 3 or cloud.dtype != torch.float32:
+            raise ValueError(f"a cloud is (N, 3) float32, this one is {tuple(cloud.shape)} {cloud.dtype}")
+
+
 class FastFlow3D(nn.Module):
     """pillars -> pseudo-images (both frames) -> U-Net -> per-point head."""
 
@@ -76,18 +96,28 @@ class FastFlow3D(nn.Module):
 
         The order of the frames matters in training: running statistics see all of pc0 first, then pc1.
         """
-        image0, cells0, offsets0 = self.embedder(pc0s)  # (B, C, Y, X), then a list a cloud
-        image1, _, _ = self.embedder(pc1s)
-        grid_flow = self.backbone(image0, image1)  # (B, 2C, Y, X)
-        images = torch.cat([image0, image1], dim=1)  # (B, 2C, Y, X)
-        flows, masks = [], []
-        for pc0, cell, offset, image, motion in zip(pc0s, cells0, offsets0, images, grid_flow, strict=True):
-            is_in_grid = cell >= 0  # (N,)
-            flow = torch.zeros_like(pc0)
-            flow[is_in_grid] = self.head(image, motion, cell[is_in_grid], offset[is_in_grid]).to(flow.dtype)
-            flows.append(flow)
-            masks.append(is_in_grid)
-        return flows, masks
+        check_clouds(pc0s, pc1s)
+        # Under autocast, which is for the U-Net, metres stay float32: 51.2 m in bfloat16 has steps of 0.25 m.
+        in_float32 = torch.autocast(pc0s[0].device.type, enabled=False)
+        with in_float32:
+            image0, slot, offset = self.embedder(pc0s)  # (B, C, Y, X), (N,), (N, 3), N the points of all pc0s
+            image1, _, _ = self.embedder(pc1s)
+        motion = self.backbone(image0, image1)  # (B, 2C, Y, X)
+        flow, is_in_grid = torch.zeros_like(offset), slot >= 0
+        with in_float32:
+            known = [pixels(maps) for maps in (image0, image1, motion)]  # (B·Y·X, C), twice, and (B·Y·X, 2C)
+            flow[is_in_grid] = self.head(known, slot[is_in_grid], offset[is_in_grid])
+        sizes = [len(pc0) for pc0 in pc0s]
+        return list(flow.split(sizes)), list(is_in_grid.split(sizes))
+
+    def prepare_inference(self, dtype: torch.dtype = torch.float32) -> FastFlow3DInference:
+        """The same function in evaluation mode, faster, on the same device; a copy, which cannot be trained.
+
+        dtype: torch.bfloat16 is faster still where the processor has such instructions, and errs by millimetres.
+        """
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"dtype {dtype}: choose torch.float32 or torch.bfloat16")
+        return FastFlow3DInference(copy.deepcopy(self), dtype)
 
 
 # --- Points to pillars to a picture ----------------------------------------------------------------------------------
@@ -101,19 +131,24 @@ class PillarEmbedder(nn.Module):
         self.settings = settings
         self.feature_net = PillarFeatureNet(settings.pillar_channels)
 
-    def forward(self, clouds: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
-        """-> pseudo-images (B, C, Y, X); per cloud cell (N,) int64, -1 outside; offset to the cell's centre (N, 3)."""
-        images, cells, offsets = [], [], []
+    def forward(self, clouds: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """-> pseudo-images (B, C, Y, X); of all points in a row: slot (N,) int64, image · Y · X + cell, or -1 outside;
+        offset to the cell's centre (N, 3)."""
+        images, slots, offsets = [], [], []
         rows, columns = self.settings.cells
         for points in clouds:
             cell, center = assign_cells(points, self.settings)  # (N,), (N, 3)
             offset = points - center
             inside = cell >= 0
-            image = self.feature_net(points[inside], offset[inside], cell[inside], rows * columns)  # (Y·X, C)
-            images.append(image.T.reshape(-1, rows, columns))
-            cells.append(cell)
+            used, pillar = cell[inside].unique(return_inverse=True)  # (K,) cells with points; (N,) in 0 ... K - 1
+            features = self.feature_net(points[inside], offset[inside], pillar, len(used))  # (K, C)
+            image = features.new_zeros(rows * columns, features.shape[1]).index_copy(0, used, features)
+            slots.append(torch.where(inside, len(images) * rows * columns + cell, -1))
+            images.append(image)
             offsets.append(offset)
-        return torch.stack(images), cells, offsets
+        # The channels of a pixel lie side by side (channels_last).
+        images = torch.stack(images).unflatten(1, (rows, columns)).permute(0, 3, 1, 2)
+        return images, torch.cat(slots), torch.cat(offsets)
 
 
 def assign_cells(points: torch.Tensor, settings: FastFlow3DSettings) -> tuple[torch.Tensor, torch.Tensor]:
@@ -125,10 +160,14 @@ def assign_cells(points: torch.Tensor, settings: FastFlow3DSettings) -> tuple[to
     0.76 m. Hence both operands are tensors on the device.
     """
     rows, columns = settings.cells
-    half = points.new_tensor(settings.half_extent_m)
-    size = points.new_tensor((settings.cell_m, settings.cell_m, 2 * settings.half_extent_m[2]))
+
+    def on_device(*values: float) -> torch.Tensor:  # filled there: a copy would make the host wait for the device
+        return torch.stack([points.new_full((), value) for value in values])
+
+    half = on_device(*settings.half_extent_m)
+    size = on_device(settings.cell_m, settings.cell_m, 2 * settings.half_extent_m[2])
     index = ((points + half) / size).floor()  # (N, 3): column, row, 0; NaN stays NaN
-    is_inside = ((index >= 0) & (index < index.new_tensor((columns, rows, 1)))).all(dim=1)
+    is_inside = ((index >= 0) & (index < on_device(columns, rows, 1))).all(dim=1)
     cell = torch.where(is_inside, index[:, 1] * columns + index[:, 0], -1.0).long()  # exact: below 2**24
     return cell, (index + 0.5) * size - half
 
@@ -141,9 +180,9 @@ class PillarFeatureNet(nn.Module):
         norm = nn.BatchNorm1d(channels, eps=1e-3, momentum=0.01)
         self.pfn_layers = nn.ModuleList([nn.Sequential(nn.Linear(9, channels, bias=False), norm, nn.ReLU())])
 
-    def forward(self, points: torch.Tensor, offset: torch.Tensor, cell: torch.Tensor, cells: int) -> torch.Tensor:
-        """points, offset (N, 3), cell (N,) in [0, cells) -> (cells, C), zero where no point lies."""
-        from_mean = points - mean_by_cell(points, cell, cells)[cell]
+    def forward(self, points: torch.Tensor, offset: torch.Tensor, pillar: torch.Tensor, count: int) -> torch.Tensor:
+        """points, offset (N, 3); pillar (N,), the number of each point's pillar in [0, count) -> (count, C)."""
+        from_mean = points - mean_by_pillar(points, pillar, count)[pillar]
         features = torch.cat([points, from_mean, offset], dim=1)  # (N, 9)
         linear, norm, relu = self.pfn_layers[0]
         features = linear(features)
@@ -152,14 +191,14 @@ class PillarFeatureNet(nn.Module):
             features = norm(features)
         else:
             features = F.batch_norm(features, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
-        return mean_by_cell(relu(features), cell, cells)
+        return mean_by_pillar(relu(features), pillar, count)
 
 
-def mean_by_cell(values: torch.Tensor, cell: torch.Tensor, cells: int) -> torch.Tensor:
-    """values (N, C), cell (N,) -> (cells, C): the mean of each cell's values, 0 where there are none."""
-    sums = values.new_zeros(cells, values.shape[1]).index_add(0, cell, values)
-    counts = values.new_zeros(cells).index_add(0, cell, values.new_ones(len(values)))
-    return sums / counts.clamp(min=1)[:, None]
+def mean_by_pillar(values: torch.Tensor, pillar: torch.Tensor, count: int) -> torch.Tensor:
+    """values (N, C), pillar (N,) in [0, count) -> (count, C): the mean of each pillar's values, 0 of no points."""
+    sums = values.new_zeros(count, values.shape[1]).index_add(0, pillar, values)
+    sizes = values.new_zeros(count).index_add(0, pillar, values.new_ones(len(values)))
+    return sums / sizes.clamp(min=1)[:, None]
 
 
 # --- The U-Net -------------------------------------------------------------------------------------------------------
@@ -241,33 +280,295 @@ class PointHead(nn.Module):
             nn.Linear(c_in, settings.head_channels), nn.GELU(), nn.Linear(settings.head_channels, 3)
         )
 
-    def forward(
-        self, images: torch.Tensor, motion: torch.Tensor, cell: torch.Tensor, offset: torch.Tensor
-    ) -> torch.Tensor:
-        """images, motion (2C, Y, X); cell (N,); offset (N, 3) -> flow (N, 3) in metres."""
-        # index_select, since the gradient of [cell] adds up in whatever order the threads come.
-        per_point = [picture.flatten(1).T.index_select(0, cell) for picture in (images, motion)]  # 2 x (N, 2C)
+    def forward(self, known: Sequence[torch.Tensor], slot: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+        """known: maps by pixel (B·Y·X, C), 4C in all; slot (N,), each point's pixel; offset (N, 3) -> flow (N, 3)."""
+        # index_select, since the gradient of [slot] adds up in whatever order the threads come.
+        per_point = [x.index_select(0, slot).float() for x in known]
         return self.decoder(torch.cat([*per_point, offset], dim=1))
+
+
+def pixels(maps: torch.Tensor) -> torch.Tensor:
+    """(B, C, Y, X) -> (B·Y·X, C)."""
+    return maps.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+# --- The same function, faster ---------------------------------------------------------------------------------------
+
+SPARSE_FROM = 32  # pillar channels: with fewer, gathering pixels costs more than it saves
+SPARSE_SHARE = 0.7  # of a map's pixels: with more of them needed, all of them are no slower
+ROWS_AT_ONCE = 1024  # pixels gathered at a time: their neighbours then fit into the processor's cache
+
+
+class FastFlow3DInference(nn.Module):
+    """What `FastFlow3D.prepare_inference` returns: its function in evaluation mode, called the same way, but faster.
+
+    - Batch norm is now a scale and a shift, and goes into the weights of the layer before it.
+    - Both frames go through the encoder in one pass; what forbids that in training are the statistics.
+    - The decoder is linear: a 3x3 convolution followed by a 1x1 one, or by the head's first layer, is one 3x3
+      convolution, with half the outputs to compute. (u3, *before* a 3x3 one, stays: it costs 1 %, and its bias must
+      not act beyond the border, where the published code pads with zeros after it.)
+    - On a CPU the decoder is computed only at the pixels on which a point's flow depends.
+    - Channels lie side by side (channels_last), as pillars come and as convolutions are fastest.
+    - On a GPU all clouds are one tensor, shapes do not depend on where points lie, and the host waits for nothing: the
+      whole is one CUDA graph.
+
+    Coordinates, pillar net and the head's last layers are float32 whatever `dtype` is. torch.compile is not used: on a
+    CPU it needs a C++ compiler, and it gains little beside this.
+    """
+
+    def __init__(self, model: FastFlow3D, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.settings, self.dtype = model.settings, dtype
+        self._graphs = {}  # number of images -> (CUDA graph, its points, its results)
+        linear, norm, _ = model.embedder.feature_net.pfn_layers[0]
+        self.pillar_net = _with_norm(linear, norm)
+
+        net, (into_head, _, self.out) = model.backbone, model.head.decoder
+        self.encoder, size = nn.ModuleList(), self.settings.cells
+        for i in range(net.levels):
+            size = tuple((n + 1) // 2 for n in size)
+            blocks = net.get_submodule(f"encoder_step_{i + 1}")
+            convs = [block.conv if size == (1, 1) else _with_norm(block.conv, block.batchnorm) for block in blocks]
+            self.encoder.append(nn.Sequential(*(layer for conv in convs for layer in (conv, nn.GELU()))))
+
+        steps = [net.get_submodule(f"decoder_step{i + 1}") for i in range(net.levels)]
+        last = net.get_submodule(f"decoder_step{net.levels + 1}")
+        channels = 2 * self.settings.pillar_channels
+        images, motion, offset = into_head.weight.split((channels, channels, 3), dim=1)
+        self.from_images, self.from_offset = _linear(images), _linear(offset)
+        self.coarsest, self.u3s, self.convs = steps[0].u1_u2[0], nn.ModuleList(), nn.ModuleList()
+        for step, finer in zip(steps, [*steps[1:], None], strict=True):
+            u4, u5 = step.u4_u5
+            if finer is not None:
+                u1 = finer.u1_u2[0]
+                convs = [u4, _then_linear(u5, u1.weight.flatten(1), u1.bias)]
+            else:
+                convs = [u4, u5, _then_linear(last, motion, into_head.bias)]
+            self.u3s.append(step.u3)
+            self.convs.append(nn.ModuleList(convs))
+        for part in (self.encoder, self.coarsest, self.u3s, self.convs):
+            part.to(dtype=dtype, memory_format=torch.channels_last)
+        self.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(
+        self, pc0s: Sequence[torch.Tensor], pc1s: Sequence[torch.Tensor]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """As `FastFlow3D.forward`: clouds (N, 3) float32 -> flows (N0, 3) float32, is_in_grid (N0,) bool."""
+        check_clouds(pc0s, pc1s)
+        # One tensor, pc0s before pc1s, filled up with NaN, which lies in no cell.
+        points = nn.utils.rnn.pad_sequence([*pc0s, *pc1s], batch_first=True, padding_value=torch.nan)  # (2B, N, 3)
+        flow, is_in_grid = (self._replay if points.is_cuda else self._flow)(points)  # (B, N, 3), (B, N)
+        sizes = [len(pc0) for pc0 in pc0s]
+        return tuple([row[:size] for row, size in zip(rows, sizes, strict=True)] for rows in (flow, is_in_grid))
+
+    def _flow(self, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """points (2B, N, 3) -> flow (B, N, 3), is_in_grid (B, N)."""
+        batch = len(points) // 2
+        images, slot, offset = self._pillars(points)  # (2B, C, Y, X), (2B·N,), (2B·N, 3)
+        maps = [images]
+        for level in self.encoder:
+            maps.append(level(maps[-1]))  # (2B, C, Y, X), each half as wide as the one before
+        slot, offset = slot.chunk(2)[0], offset.chunk(2)[0]  # from here on, those of pc0
+        is_in_grid = slot >= 0
+        is_asked = None
+        if points.device.type == "cpu" and self.settings.pillar_channels >= SPARSE_FROM:
+            is_asked = torch.zeros(batch, *self.settings.cells, dtype=torch.bool)  # the pixels that hold points of pc0
+            is_asked.view(-1)[slot[is_in_grid]] = True
+        motion = self._decode(maps, is_asked)  # (B, head_channels, Y, X)
+        pixel = slot.clamp(min=0)  # points outside look at the first one, to no effect
+        image0, image1, motion = (pixels(x).index_select(0, pixel).float() for x in (*images.chunk(2), motion))
+        hidden = self.from_images(torch.cat([image0, image1], dim=1)) + motion + self.from_offset(offset)
+        flow = torch.where(is_in_grid[:, None], self.out(F.gelu(hidden)), 0.0)  # (B·N, 3)
+        return flow.unflatten(0, (batch, -1)), is_in_grid.unflatten(0, (batch, -1))
+
+    def _pillars(self, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`PillarEmbedder` for points (2B, N, 3) in one go -> pseudo-images (2B, C, Y, X), slot (2B·N,), offset."""
+        count, cells = len(points), self.settings.cells[0] * self.settings.cells[1]
+        points = points.flatten(0, 1)  # (2B·N, 3)
+        cell, center = assign_cells(points, self.settings)
+        first = torch.arange(count, device=cell.device).repeat_interleave(len(points) // count) * cells
+        slot = torch.where(cell >= 0, first + cell, -1)
+        row = torch.where(cell >= 0, slot, count * cells)  # points outside meet in one more row, cut off at the end
+        # Pillars are numbered along the rows. There are at most as many as points: a size that the host knows.
+        is_used = torch.zeros(count * cells + 1, dtype=torch.long, device=cell.device).index_fill_(0, row, 1)
+        pillar = is_used.cumsum(0).index_select(0, row) - 1  # (2B·N,)
+        offset = points - center
+        from_mean = points - mean_by_pillar(points, pillar, len(points))[pillar]
+        features = F.relu(self.pillar_net(torch.cat([points, from_mean, offset], dim=1)))
+        features = mean_by_pillar(features, pillar, len(points)).to(self.dtype)[pillar]  # each point's pillar's
+        images = features.new_zeros(len(is_used), features.shape[1]).index_copy_(0, row, features)[:-1]
+        images = images.unflatten(0, (count, *self.settings.cells)).permute(0, 3, 1, 2)
+        return images, slot, offset
+
+    def _decode(self, maps: list[torch.Tensor], is_asked: torch.Tensor | None) -> torch.Tensor:
+        """Maps (2B, C, Y, X), finest first -> what the head makes of their motion (B, head_channels, Y, X).
+
+        is_asked (B, Y, X): compute it at these pixels at least; None: at all.
+        """
+        x = self.coarsest(torch.cat(maps[-1].chunk(2), dim=1))
+        plan = _pixels_needed(is_asked, [len(convs) for convs in self.convs])
+        for frames, u3, convs, needed in zip(maps[-2::-1], self.u3s, self.convs, plan, strict=True):
+            x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+            if needed is not None:
+                x = _step_at(needed, x, frames, u3, convs)
+            else:
+                x = torch.cat([x, u3(torch.cat(frames.chunk(2), dim=1))], dim=1)
+                for conv in convs:
+                    x = conv(x)
+        return x
+
+    def _replay(self, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`_flow` as a CUDA graph: one launch for all its kernels. Captured where clouds outgrow the last one."""
+        images, count, _ = points.shape
+        if images not in self._graphs or self._graphs[images][1].shape[1] < count:
+            inputs = points.new_full((images, -(-count // 16384) * 16384, 3), torch.nan)
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):  # libraries choose their kernels now: capturing forbids it
+                for _ in range(3):
+                    self._flow(inputs)
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                outputs = self._flow(inputs)
+            self._graphs[images] = graph, inputs, outputs
+        graph, inputs, outputs = self._graphs[images]
+        inputs.fill_(torch.nan)[:, :count] = points
+        graph.replay()
+        return tuple(output[:, :count].clone() for output in outputs)  # the next replay overwrites them
+
+    def _apply(self, *args, **kwargs):
+        self._graphs.clear()  # they hold the addresses of the tensors that are about to move
+        return super()._apply(*args, **kwargs)
+
+
+def _pixels_needed(is_asked: torch.Tensor | None, convs: list[int]) -> list[list[torch.Tensor] | None]:
+    """For each decoder step, coarsest first: the pixels (B, Y, X) to know before each of its convolutions, and after.
+
+    None for a step that is to be computed everywhere.
+    """
+    plan = []
+    for count in reversed(convs):
+        needed = None
+        if is_asked is not None:
+            needed = [is_asked]
+            for _ in range(count):
+                needed.insert(0, _dilated(needed[0]))
+            if needed[0].float().mean() > SPARSE_SHARE:
+                needed = None
+            else:  # upsampling looks at the coarser pixel and its neighbours
+                is_asked = _dilated(F.max_pool2d(needed[0].float(), 2) > 0)
+        if needed is None:
+            is_asked = None  # then so are all coarser ones
+        plan.insert(0, needed)
+    return plan
+
+
+def _dilated(mask: torch.Tensor) -> torch.Tensor:
+    """(B, Y, X) bool: a mask's pixels and their eight neighbours."""
+    return F.max_pool2d(mask.float(), 3, stride=1, padding=1) > 0
+
+
+def _step_at(
+    needed: list[torch.Tensor], coarser: torch.Tensor, frames: torch.Tensor, u3: nn.Conv2d, convs: nn.ModuleList
+) -> torch.Tensor:
+    """A decoder step where it is needed, and 0 elsewhere. Between convolutions only the needed pixels exist, as rows.
+
+    needed: of `_pixels_needed`; coarser (B, C, Y, X), upsampled; frames (2B, C, Y, X) -> (B, C_out, Y, X).
+    """
+    pixel = F.pad(needed[0].flatten().nonzero()[:, 0], (1, 0))  # (1 + K,); the first row becomes the border's zeros
+    skip = torch.cat([pixels(frame).index_select(0, pixel) for frame in frames.chunk(2)], dim=1)
+    x = torch.cat([pixels(coarser).index_select(0, pixel), F.linear(skip, u3.weight.flatten(1), u3.bias)], dim=1)
+    for conv, known, wanted in zip(convs, needed, needed[1:], strict=False):
+        x[0] = 0.0
+        row = F.pad(known.flatten().cumsum(0).view_as(known) * known, (1, 1, 1, 1))  # (B, Y + 2, X + 2): row in x
+        height, width = known.shape[1:]
+        around = torch.stack([row[:, i : i + height, j : j + width][wanted] for i in range(3) for j in range(3)], dim=1)
+        weight = conv.weight.permute(0, 2, 3, 1).flatten(1)  # (C_out, 9·C)
+        x = torch.cat(
+            [
+                F.linear(x.index_select(0, some.flatten()).view(len(some), -1), weight, conv.bias)
+                for some in F.pad(around, (0, 0, 1, 0)).split(ROWS_AT_ONCE)  # (1 + K, 9)
+            ]
+        )
+    out = x.new_zeros(wanted.numel(), x.shape[1]).index_copy_(0, wanted.flatten().nonzero()[:, 0], x[1:])
+    return out.unflatten(0, wanted.shape).permute(0, 3, 1, 2)
+
+
+def _with_norm(layer: nn.Linear | nn.Conv2d, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> nn.Linear | nn.Conv2d:
+    """A layer and the batch norm after it, in evaluation mode, as one layer."""
+    scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+    bias = norm.bias.double() - norm.running_mean.double() * scale
+    if layer.bias is not None:
+        bias = bias + layer.bias.double() * scale
+    return _with_weights(layer, layer.weight.double() * scale.view(-1, *[1] * (layer.weight.ndim - 1)), bias)
+
+
+def _then_linear(conv: nn.Conv2d, weight: torch.Tensor, bias: torch.Tensor) -> nn.Conv2d:
+    """A convolution and a linear layer of its channels, weight (C_out, C), as one convolution."""
+    both = torch.einsum("om,mikl->oikl", weight.double(), conv.weight.double())
+    return _with_weights(conv, both, weight.double() @ conv.bias.double() + bias.double())
+
+
+def _with_weights(layer: nn.Linear | nn.Conv2d, weight: torch.Tensor, bias: torch.Tensor) -> nn.Linear | nn.Conv2d:
+    layer.weight, layer.bias = nn.Parameter(weight.float()), nn.Parameter(bias.float())
+    return layer
+
+
+def _linear(weight: torch.Tensor) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight.clone())
+    return layer
 
 
 # --- Files -----------------------------------------------------------------------------------------------------------
 
 
 def load_checkpoint(path: str | Path) -> FastFlow3D:
-    """The student in a checkpoint of train.py, on the CPU, in evaluation mode. Loads data, never code.
+    """The student in a checkpoint of train.py, or in a published Lightning file (normal or XL, recognised by its
+    tensors), float32, on the CPU, in evaluation mode. Loads data, never code.
 
-    Raises ValueError naming the file if it is no such checkpoint.
+    Raises ValueError naming the file, and which tensors are missing, unknown, of another shape or not finite.
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        settings = FastFlow3DSettings(**checkpoint["model_settings"])
-        model = FastFlow3D(settings)
-        model.load_state_dict(checkpoint["model"])
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; train.py writes checkpoints") from None
-    except Exception as error:  # whatever a broken or foreign file makes torch raise
-        raise ValueError(f"{path}: not a checkpoint of train.py ({error})") from error
+    except Exception as error:  # whatever a torn or foreign file, or one that would run code, makes torch raise
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{path}: not a checkpoint of train.py, nor a published one ({reason})") from error
+    try:
+        if "state_dict" in checkpoint:
+            tensors = {name.removeprefix("model."): tensor for name, tensor in checkpoint["state_dict"].items()}
+            candidates = [MODELS["normal"], MODELS["xl"]]
+        else:
+            tensors, candidates = checkpoint["model"], [FastFlow3DSettings(**checkpoint["model_settings"])]
+        wrong, settings = min(((_differences(each, tensors), each) for each in candidates), key=lambda x: len(x[0]))
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path}: not a checkpoint of train.py, nor a published one ({error!r})") from error
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise ValueError(f"{path}: does not hold the student it should: {'; '.join(wrong[:5])}{more}")
+    with torch.device("meta"):  # names and shapes without memory: the file's tensors become the model's
+        model = FastFlow3D(settings)
+    kinds = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    model.load_state_dict({name: tensor.to(kinds[name]) for name, tensor in tensors.items()}, assign=True)
     return model.eval()
+
+
+def _differences(settings: FastFlow3DSettings, tensors: dict[str, torch.Tensor]) -> list[str]:
+    """What keeps these named tensors from being a model of these settings, a line each."""
+    with torch.device("meta"):
+        expected = FastFlow3D(settings).state_dict()
+    lines = [f"{name} is missing" for name in expected if name not in tensors]
+    lines += [f"{name} is unknown" for name in tensors if name not in expected]
+    for name in expected.keys() & tensors.keys():
+        if tensors[name].shape != expected[name].shape:
+            lines.append(f"{name} is {tuple(tensors[name].shape)}, expected {tuple(expected[name].shape)}")
+        elif not tensors[name].isfinite().all():
+            lines.append(f"{name} is not finite")
+    return lines
 
 
 def checkpoint_of(model: FastFlow3D) -> dict:
