@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -272,6 +273,108 @@ def true_residual_flow(
     return flow.astype(np.float32), category, is_dynamic, is_valid
 
 
+# --- Clouds and poses of one's own -----------------------------------------------------------------------------------
+
+
+def read_cloud(file: str | Path) -> np.ndarray:
+    """(N, 3): the points of a .feather (x, y, z), .bin (KITTI: x, y, z, intensity, float32), .npy or .npz file.
+
+    In the file's own floating dtype. An .npy array is (N, 3 or more), of which the first three columns count; an .npz
+    file holds one such array, or names it `points`. Raises DataError naming the file and the way out.
+    """
+    file = Path(file)
+    if file.suffix not in _CLOUD_READERS:
+        raise DataError(f"{file}: not a format of clouds; convert it to one of {', '.join(_CLOUD_READERS)}")
+    if not file.is_file():
+        raise DataError(f"{file}: no such file; download it again, or give another")
+    try:
+        points = np.asarray(_CLOUD_READERS[file.suffix](file))
+        if points.ndim != 2 or points.shape[1] < 3:
+            raise ValueError(f"its shape is {points.shape}, expected (N, 3)")
+        points = points[:, :3]
+        if not np.issubdtype(points.dtype, np.floating):
+            points = points.astype(np.float64)
+    except DataError:
+        raise
+    except (TypeError, ValueError, EOFError, KeyError, OSError, zipfile.BadZipFile) as error:
+        raise DataError(f"{file}: its points cannot be read ({error}); download or make it again") from error
+    if not np.isfinite(points).all(axis=1).any():
+        raise DataError(f"{file}: the sweep has no points; download it again or remove it")
+    return points
+
+
+def _read_kitti(file: Path) -> np.ndarray:
+    values = np.fromfile(file, dtype="<f4")
+    if file.stat().st_size % 16:
+        raise ValueError(f"{file.stat().st_size} bytes are no rows of four float32 numbers")
+    return values.reshape(-1, 4)
+
+
+def _read_npz(file: Path) -> np.ndarray:
+    with np.load(file, allow_pickle=False) as arrays:
+        if "points" not in arrays and len(arrays.files) != 1:
+            raise ValueError(f"it holds {arrays.files}, and none of them is called points")
+        return arrays["points" if "points" in arrays else arrays.files[0]]
+
+
+_CLOUD_READERS = {
+    ".feather": lambda file: stack(read_feather(file, ["x", "y", "z"]), "xyz"),
+    ".bin": _read_kitti,
+    ".npy": lambda file: np.load(file, allow_pickle=False),
+    ".npz": _read_npz,
+}
+
+
+def read_pose(file: str | Path) -> np.ndarray:
+    """A rigid transform (4, 4) float64 from an .npy file or four lines of text. Raises DataError naming the file."""
+    file = Path(file)
+    try:
+        pose = np.load(file, allow_pickle=False) if file.suffix == ".npy" else np.loadtxt(file)
+        return check_pose(pose)
+    except (ValueError, TypeError, EOFError, OSError) as error:
+        raise DataError(f"{file}: not a 4 x 4 pose as text or .npy ({error})") from error
+
+
+def check_pose(pose: np.ndarray | torch.Tensor) -> np.ndarray:
+    """The same as (4, 4) float64. Raises ValueError if it is no rotation and translation."""
+    pose = np.asarray(pose, dtype=np.float64)
+    if pose.shape != (4, 4) or not np.isfinite(pose).all():
+        raise ValueError(f"its shape is {pose.shape}, expected (4, 4), all finite")
+    rotation = pose[:3, :3]
+    is_rotation = np.abs(rotation @ rotation.T - np.eye(3)).max() < 1e-3 and np.linalg.det(rotation) > 0
+    if not is_rotation or (pose[3] != (0, 0, 0, 1)).any():
+        raise ValueError("its rotation does not turn, or its last row is not 0 0 0 1: is it transposed?")
+    return pose
+
+
+def pair_of_clouds(
+    points0: np.ndarray | torch.Tensor,
+    points1: np.ndarray | torch.Tensor,
+    ego1_SE3_ego0: np.ndarray | torch.Tensor | None = None,
+    is_ground0: np.ndarray | torch.Tensor | None = None,
+    is_ground1: np.ndarray | torch.Tensor | None = None,
+) -> SweepPair:
+    """A pair of clouds (N0, 3), (N1, 3), each in its own ego frame, or without a pose both in the same one.
+
+    Ground (N0,), (N1,) bool; none where it is not given. Raises ValueError where shapes do not fit.
+    """
+    clouds, masks = [], []
+    for name, points, is_ground in (("0", points0, is_ground0), ("1", points1, is_ground1)):
+        clouds.append(torch.as_tensor(points).detach().cpu())
+        if clouds[-1].ndim != 2 or clouds[-1].shape[1] != 3:
+            raise ValueError(f"cloud {name} has shape {tuple(clouds[-1].shape)}, expected (N, 3); drop other columns")
+        count = len(clouds[-1])
+        masks.append(torch.zeros(count, dtype=torch.bool) if is_ground is None else torch.as_tensor(is_ground).cpu())
+        if masks[-1].shape != (count,) or masks[-1].dtype != torch.bool:
+            found = f"{tuple(masks[-1].shape)} {masks[-1].dtype}"
+            raise ValueError(f"ground {name} is {found}, expected a bool for each of {count} points")
+    pose = np.eye(4) if ego1_SE3_ego0 is None else check_pose(ego1_SE3_ego0)
+    pc1 = transform(inverse(pose), clouds[1].double().numpy())
+    return SweepPair(
+        clouds[0].float(), torch.from_numpy(pc1.astype(np.float32)), *masks, torch.from_numpy(pose), "", 0, 0
+    )
+
+
 # --- Reading a log ---------------------------------------------------------------------------------------------------
 
 
@@ -319,15 +422,7 @@ def _poses(values: np.ndarray) -> np.ndarray:
 
 def _read_sweep(folder: Path, timestamp_ns: int) -> np.ndarray:
     """(N, 3) float64 in the sweep's own ego frame; the files hold float16."""
-    file = folder / "sensors" / "lidar" / f"{timestamp_ns}.feather"
-    table = read_feather(file, ["x", "y", "z"])
-    try:
-        points = stack(table, "xyz").astype(np.float64)
-    except (TypeError, ValueError) as error:
-        raise DataError(f"{file}: its points are no numbers ({error}); download it again or remove it") from error
-    if not np.isfinite(points).all(axis=1).any():
-        raise DataError(f"{file}: the sweep has no points; download it again or remove it")
-    return points
+    return read_cloud(folder / "sensors" / "lidar" / f"{timestamp_ns}.feather").astype(np.float64)
 
 
 def _sweep_timestamp_ns(file: Path) -> int:

@@ -5,6 +5,7 @@ pseudo-labels (train.py). Here is what joins them, in the order in which the dat
   the label store      one file a pair, found by log and time stamps, never by position
   the loss             `speed_weight` and `distillation_loss`
   the evaluation       of a student, a teacher, labels or a baseline, by the metrics of metrics.py
+  the use              `predict`, the student on two clouds of your own
   the commands         `python zeroflow.py --help`
 
 Points are (N, 3) float32 in metres, in the ego frame of sweep 0; flow is the residual displacement after ego-motion,
@@ -503,6 +504,7 @@ def distillation_loss(
 # --- The evaluation --------------------------------------------------------------------------------------------------
 
 Estimator = Callable[[SweepPair], tuple[torch.Tensor, float]]  # pair -> residual flow (N0, 3) on the CPU, seconds
+Student = fastflow3d.FastFlow3D | fastflow3d.FastFlow3DInference
 
 
 def evaluate(dataset: Sequence[SweepPair], estimator: Estimator) -> dict[str, float]:
@@ -592,19 +594,10 @@ def from_teacher(settings: nsfp.NSFPSettings, device: str = "cpu") -> Estimator:
     return estimator
 
 
-def from_student(model: fastflow3d.FastFlow3D) -> Estimator:
+def from_student(model: Student) -> Estimator:
     """A student in evaluation mode, on the device it lies on. What it has no estimate for keeps residual 0."""
     model.eval()
-    device = next(model.parameters()).device
-
-    @torch.no_grad()
-    def estimate(pair: SweepPair) -> torch.Tensor:
-        flows, _ = model([pair.pc0[~pair.is_ground0].to(device)], [pair.pc1[~pair.is_ground1].to(device)])
-        flow = torch.zeros_like(pair.pc0)
-        flow[~pair.is_ground0] = flows[0].float().cpu()
-        return flow
-
-    return timed(estimate, warm_up=True)
+    return timed(lambda pair: _student_flow(model, pair)[0], warm_up=True)
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:
@@ -624,6 +617,55 @@ def table(rows: dict[str, dict[str, float]]) -> str:
         cells = [f"{row[key]:11.4f}" for key in columns.values()]
         lines.append(" ".join([f"{name:<{width}}", *cells, f"{1e3 * row['seconds_per_pair']:11.1f}"]))
     return "\n".join(lines)
+
+
+# --- Use -------------------------------------------------------------------------------------------------------------
+
+
+def predict(
+    model: Student,
+    pc0: np.ndarray | torch.Tensor,
+    pc1: np.ndarray | torch.Tensor,
+    ego1_SE3_ego0: np.ndarray | torch.Tensor | None = None,
+    is_ground0: np.ndarray | torch.Tensor | None = None,
+    is_ground1: np.ndarray | torch.Tensor | None = None,
+    total: bool = False,
+) -> np.ndarray | torch.Tensor:
+    """Residual flow (N0, 3) float32 in metres of every row of pc0 (N0, 3), given pc1 (N1, 3); an array as pc0 is one.
+
+    With a pose (4, 4), each cloud is in its own ego frame, and `total` asks for the raw flow, ego-motion included;
+    without one both are in the same frame. Ground masks (N,) bool; without them nothing is ground.
+    Ground, NaN and what lies outside the model's grid keep residual 0: they move as the ego says.
+    Raises ValueError where shapes do not fit, or the model is in training mode.
+    """
+    pair = data.pair_of_clouds(pc0, pc1, ego1_SE3_ego0, is_ground0, is_ground1)
+    flow, _ = _student_flow(model, pair)
+    if total:
+        flow = data.total_flow(flow, pair)
+    return flow.to(pc0.device) if isinstance(pc0, torch.Tensor) else flow.numpy()
+
+
+@torch.no_grad()
+def _student_flow(model: Student, pair: SweepPair) -> tuple[torch.Tensor, torch.Tensor]:
+    """Residual flow (N0, 3), and has_flow (N0,): not ground, and in the model's grid; on the CPU."""
+    if model.training:
+        raise ValueError("the student is in training mode; call model.eval() or model.prepare_inference()")
+    device = next(model.parameters()).device
+    rows = ~pair.is_ground0
+    flows, masks = model([pair.pc0[rows].to(device)], [pair.pc1[~pair.is_ground1].to(device)])
+    flow, has_flow = torch.zeros_like(pair.pc0), torch.zeros_like(rows)
+    flow[rows], has_flow[rows] = flows[0].cpu(), masks[0].cpu()
+    return flow, has_flow
+
+
+def write_flow(path: Path, flow: torch.Tensor, has_flow: torch.Tensor) -> None:
+    """Flow (N, 3) and has_flow (N,) as .feather, with the columns of a label but in float32, or .npz; whole or not."""
+    with atomic_file(path) as file:
+        if path.suffix == ".npz":
+            np.savez(file, flow=flow.numpy(), has_flow=has_flow.numpy())
+        else:
+            columns = {name: flow[:, i].numpy() for i, name in enumerate(_FLOW_COLUMNS)}
+            feather.write_feather(pyarrow.table({**columns, "has_flow": has_flow.numpy()}), file)
 
 
 # --- The commands ----------------------------------------------------------------------------------------------------
@@ -747,11 +789,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         raise DataError("settings of a teacher were given without --teacher")
     dataset = open_and_tell(arguments.data)
     if arguments.checkpoint:
-        try:
-            model = fastflow3d.load_checkpoint(arguments.checkpoint)
-        except ValueError as error:
-            raise DataError(error) from error
-        estimator = from_student(model.to(arguments.device))
+        estimator = from_student(_load_student(arguments))
     elif arguments.labels:
         estimator = from_labels(arguments.labels)
     elif arguments.teacher:
@@ -769,6 +807,42 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         with atomic_file(Path(arguments.json)) as file:
             known = {key: None if math.isnan(value) else value for key, value in result.items()}  # JSON has no NaN
             file.write(json.dumps(known, indent=2).encode())
+    return 0
+
+
+def _load_student(arguments: argparse.Namespace) -> Student:
+    check_device(arguments.device)
+    try:
+        model = fastflow3d.load_checkpoint(arguments.checkpoint)
+    except ValueError as error:
+        raise DataError(error) from error
+    return model.prepare_inference(getattr(torch, arguments.dtype)).to(arguments.device)
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    for file, suffixes in ((arguments.out, (".feather", ".npz")), (arguments.picture, (".png", ".pdf", ".svg"))):
+        if file is not None and file.suffix not in suffixes:
+            raise DataError(f"{file}: choose a name that ends in {' or '.join(suffixes)}")
+    clouds = [data.read_cloud(file) for file in (arguments.cloud0, arguments.cloud1)]
+    pose = data.read_pose(arguments.pose) if arguments.pose else None
+    if pose is None:
+        print("no --pose: both clouds are taken as in one frame")
+    print("ground is not removed")
+    model, pair = _load_student(arguments), data.pair_of_clouds(*clouds, pose)
+    start = time.perf_counter()
+    flow, has_flow = _student_flow(model, pair)
+    seconds = time.perf_counter() - start
+    write_flow(arguments.out, data.total_flow(flow, pair) if arguments.total else flow, has_flow)
+    if arguments.picture:
+        import viz  # matplotlib is loaded only when a picture is asked for
+
+        viz.flow_figure(pair, {"student": flow}, model.settings.half_extent_m[0]).savefig(arguments.picture, dpi=120)
+    moving = int((flow.norm(dim=1) >= data.DYNAMIC_THRESHOLD_M).sum())
+    kind = "total" if arguments.total else "residual"
+    print(
+        f"{arguments.out}: {kind} flow of {len(flow)} points, {int(has_flow.sum())} of them estimated in "
+        f"{seconds:.2f} s, {moving} moving by 5 cm or more"
+    )
     return 0
 
 
@@ -827,13 +901,30 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("evaluate", _evaluate, "compare flow with the truth", "--data av2/val --checkpoint student.pt")
     sub.add_argument("--data", required=True, help="a split (folder of logs) or one log, with annotations")
     source = sub.add_mutually_exclusive_group(required=True)
-    source.add_argument("--checkpoint", help="a student that train.py has written")
+    source.add_argument("--checkpoint", help="a student: of train.py, or a published file")
     source.add_argument("--labels", help="a folder that `label` has written")
     source.add_argument("--teacher", choices=nsfp.TEACHERS, help="run the teacher now")
     source.add_argument("--baseline", choices=BASELINES)
     sub.add_argument("--json", metavar="FILE", help="write all numbers here, flat")
     sub.add_argument("--device", default=default_device(), help="cpu or cuda (default here: %(default)s)")
+    sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the student's U-Net")
     add_settings(sub, nsfp.NSFPSettings)
+
+    sub = command(
+        "predict",
+        _predict,
+        "estimate the flow between two clouds of your own, one row a point of CLOUD0",
+        "--checkpoint student.pt 0.bin 1.bin --pose ego1_SE3_ego0.txt --out flow.npz --picture flow.png",
+    )
+    sub.add_argument("--checkpoint", required=True, help="a student: of train.py, or a published file")
+    sub.add_argument("cloud0", type=Path, metavar="CLOUD0", help=".feather (x, y, z), .bin (KITTI), .npy or .npz")
+    sub.add_argument("cloud1", type=Path, metavar="CLOUD1", help="the next sweep")
+    sub.add_argument("--pose", type=Path, metavar="FILE", help="ego1_SE3_ego0, 4 x 4, as text or .npy")
+    sub.add_argument("--out", required=True, type=Path, metavar="FILE", help=".feather or .npz: flow and has_flow")
+    sub.add_argument("--total", action="store_true", help="write raw flow, ego-motion included, not residual flow")
+    sub.add_argument("--picture", type=Path, metavar="FILE", help="bird's-eye view: .png, .pdf or .svg")
+    sub.add_argument("--device", default=default_device(), help="cpu or cuda (default here: %(default)s)")
+    sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the student's U-Net")
     return parser
 
 

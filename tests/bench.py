@@ -1,10 +1,13 @@
 """Speed, and the teacher's error: python tests/bench.py NAME ...
 
-Names: street, data, labels, teacher, student, which is all without a name; departures (6 minutes), published (25).
+Names: street, data, labels, teacher, student, which is all without a name; student_xl, departures and published, which
+take longer.
 Machines are shared and noisy: believe the ratios, and run it twice.
 """
 
+import copy
 import dataclasses
+import multiprocessing
 import os
 import statistics
 import sys
@@ -16,6 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
+from plain_student import seeded_model
 
 import data
 import fastflow3d
@@ -68,12 +72,7 @@ def teacher(folder: str) -> None:
     pairs = a_full_pair(folder)
     is_source, is_target = zeroflow.input_masks(pairs[0])
     pc0, pc1 = pairs[0].pc0[is_source], pairs[0].pc1[is_target]
-    times = []
-    for count in (1, 2, 8):  # the first only warms up
-        start = time.process_time()
-        nsfp.estimate_flow(pc0, pc1, dataclasses.replace(nsfp.TEACHERS["published"], iterations=count))
-        times.append(time.process_time() - start)
-    published = 346 * (times[2] - times[1]) / 6
+    published = published_seconds(pc0, pc1)
     times, results = [], []
     for seed in range(5):
         fast = zeroflow.from_teacher(nsfp.NSFPSettings(seed=seed))
@@ -167,19 +166,177 @@ def labels(folder: str) -> None:
     print(f"  check; float16 moved a coordinate by {1e3 * lost:.2f} mm at most")
 
 
-def student(folder: str) -> None:
+def student(folder: str, name: str = "normal", repeats: int = 5) -> None:
+    """The student's forms on one pair: time, error, memory; then its training step, its front end, and its teachers.
+
+    The weights are the tests' random ones. "as published" is the plain model, its pictures in torch's default layout.
+    """
     pair = a_full_pair(folder)[0]
     pc0, pc1 = pair.pc0[~pair.is_ground0], pair.pc1[~pair.is_ground1]
-    for name in ("narrow", "normal"):
-        model = fastflow3d.FastFlow3D(fastflow3d.MODELS[name]).eval()
-        with torch.no_grad():
-            whole = seconds(lambda model=model: model([pc0], [pc1]), 3)
-            pillars = seconds(lambda model=model: (model.embedder([pc0]), model.embedder([pc1])), 3)
-        print(f"student {name}, {len(pc0)} points: {whole:.3f} s a pair, of which pillars {pillars / whole:.0%}")
+    model = seeded_model(fastflow3d.MODELS[name], pc0, pc1)
+    forms = {form: in_form(model, form) for form in FORMS}
+    runs = {form: lambda run=run: run([pc0], [pc1]) for form, run in forms.items()}
+    times = interleaved(runs, repeats)
+    (right,), (inside,) = runs["plain"]()
+    print(f"student {name}, {len(pc0)} points, {torch.get_num_threads()} threads, flows of ", end="")
+    print(f"{right[inside].norm(dim=1).median():.2f} m")
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        for form in FORMS:
+            error = (runs[form]()[0][0] - right)[inside].norm(dim=1) if form.startswith("fast") else torch.zeros(1)
+            peak = pool.apply(peak_gb, (name, form, pc0, pc1))
+            published, plain = (times[other] / times[form] for other in ("as published", "plain"))
+            print(
+                f"  {form:13} {times[form]:7.3f} s, {published:4.2f} times as fast as published, {plain:4.2f} as plain; "
+                f"error median {error.median():.1e}, maximum {error.max():.1e} m; peak {peak:.2f} GB"
+            )
+    if torch.cuda.is_available():
+        on_a_gpu(model, pc0, pc1)
+    if name == "normal":
+        training_step(pc0, pc1)
+        front_end(model, pc0)
+        against_teachers(forms, pair)
+
+
+def student_xl(folder: str) -> None:
+    """The same for XL, each form twice: about 15 minutes."""
+    student(folder, "xl", repeats=2)
+
+
+FORMS = ("as published", "plain", "fast float32", "fast bfloat16")
+
+
+def in_form(model: fastflow3d.FastFlow3D, form: str) -> Callable:
+    if form.startswith("fast"):
+        return model.prepare_inference(getattr(torch, form.split()[1]))
+    model = copy.deepcopy(model)
+    if form == "as published":
+        model.backbone.register_forward_pre_hook(default_layout)
+    return torch.no_grad()(model)
+
+
+def default_layout(_, images: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return tuple(image.contiguous() for image in images)
+
+
+def peak_gb(name: str, form: str, pc0: torch.Tensor, pc1: torch.Tensor) -> float:
+    """Most memory that a process of its own had, torch's code included. (Not getrusage: that remembers its parent's.)"""
+    in_form(fastflow3d.FastFlow3D(fastflow3d.MODELS[name]).eval(), form)([pc0], [pc1])
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1e6
+
+
+def interleaved(runs: dict[str, Callable], repeats: int) -> dict[str, float]:
+    """Median seconds of each, run in turn, so that a busy machine is busy for all. Of few repeats the first counts."""
+    times = {name: [] for name in runs}
+    for _ in range(repeats + (repeats > 2)):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(each[-repeats:]) for name, each in times.items()}
+
+
+def training_step(pc0: torch.Tensor, pc1: torch.Tensor) -> None:
+    def step(layout: torch.memory_format, precision: torch.dtype) -> Callable:
+        model = fastflow3d.FastFlow3D().to(memory_format=layout).train()
+        if layout == torch.contiguous_format:
+            model.backbone.register_forward_pre_hook(default_layout)
+
+        def run() -> None:
+            with torch.autocast("cpu", torch.bfloat16, precision == torch.bfloat16):
+                flows, _ = model([pc0], [pc1])
+            flows[0].square().sum().backward()
+
+        return run
+
+    times = interleaved(
+        {
+            "default layout": step(torch.contiguous_format, torch.float32),
+            "channels_last": step(torch.channels_last, torch.float32),
+            "channels_last, bfloat16": step(torch.channels_last, torch.bfloat16),
+        },
+        5,
+    )
+    for name, each in times.items():
+        print(f"  training step, {name:23} {each:6.2f} s, {times['default layout'] / each:.2f} times as fast")
+
+
+@torch.no_grad()
+def front_end(model: fastflow3d.FastFlow3D, points: torch.Tensor) -> None:
+    """Points to pillars to a picture, against the same by torch.unique over rows of (row, column)."""
+    embedder = model.embedder
+
+    def by_unique_rows(points: torch.Tensor) -> torch.Tensor:
+        rows, columns = embedder.settings.cells
+        cell, center = fastflow3d.assign_cells(points, embedder.settings)
+        inside = cell >= 0
+        index = torch.stack([cell[inside] // columns, cell[inside] % columns], dim=1)
+        used, pillar = index.unique(dim=0, return_inverse=True)
+        features = embedder.feature_net(points[inside], (points - center)[inside], pillar, len(used))
+        image = features.new_zeros(features.shape[1], rows, columns)
+        image[:, used[:, 0], used[:, 1]] = features.T
+        return image[None]
+
+    assert torch.allclose(by_unique_rows(points), embedder([points])[0], atol=1e-5)
+    fast = model.prepare_inference()
+    times = interleaved(
+        {
+            "by unique rows": lambda: by_unique_rows(points),
+            "plain": lambda: embedder([points]),
+            "fast": lambda: fast._pillars(points[None]),
+        },
+        9,
+    )
+    for name, each in times.items():
+        ratio = times["by unique rows"] / each
+        print(f"  front end, {name:14} {1e3 * each:7.1f} ms a cloud, {ratio:.1f} times as fast")
+
+
+def against_teachers(forms: dict[str, Callable], pair: data.SweepPair) -> None:
+    """CPU time of one thread: the teachers on the points they see, 346 iterations of `published` (see `teacher`)."""
+    with zeroflow.one_thread():
+        pc0, pc1 = (points[mask] for points, mask in zip((pair.pc0, pair.pc1), zeroflow.input_masks(pair), strict=True))
+        teachers = {"published": published_seconds(pc0, pc1)}
+        start = time.process_time()
+        nsfp.estimate_flow(pc0, pc1)
+        teachers["fast"] = time.process_time() - start
+        for form in ("as published", "fast float32", "fast bfloat16"):
+            times = []
+            for _ in range(4):  # the first does not count
+                start = time.process_time()
+                forms[form]([pc0], [pc1])
+                times.append(time.process_time() - start)
+            mine = statistics.median(times[1:])
+            ratios = ", ".join(f"{each / mine:.1f} times faster than `{name}`" for name, each in teachers.items())
+            print(f"  one thread, student {form}: {mine:.2f} s, {ratios}")
+
+
+def published_seconds(pc0: torch.Tensor, pc1: torch.Tensor) -> float:
+    """CPU time of 346 iterations of the published teacher, from a few of them."""
+    times = []
+    for count in (1, 2, 8):  # the first only warms up
+        start = time.process_time()
+        nsfp.estimate_flow(pc0, pc1, dataclasses.replace(nsfp.TEACHERS["published"], iterations=count))
+        times.append(time.process_time() - start)
+    return 346 * (times[2] - times[1]) / 6
+
+
+def on_a_gpu(model: fastflow3d.FastFlow3D, pc0: torch.Tensor, pc1: torch.Tensor) -> None:
+    """Milliseconds a pair on a GPU, by batch, until the flow is there."""
+    pc0, pc1 = pc0.cuda(), pc1.cuda()
+    fast = copy.deepcopy(model).cuda().prepare_inference(torch.bfloat16)
+    for batch in (1, 8):
+
+        def run(batch: int = batch) -> None:
+            fast([pc0] * batch, [pc1] * batch)
+            torch.cuda.synchronize()
+
+        print(f"  GPU, fast bfloat16, batch {batch}: {1e3 * seconds(run, 20) / batch:.2f} ms a pair")
 
 
 if __name__ == "__main__":
     benches = {"street": street, "data": reading, "labels": labels, "teacher": teacher, "student": student}
     for name in sys.argv[1:] or benches:
         with tempfile.TemporaryDirectory() as folder:
-            (benches | {"departures": departures, "published": published})[name](folder)
+            longer = {"departures": departures, "published": published, "student_xl": student_xl}
+            (benches | longer)[name](folder)

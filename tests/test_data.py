@@ -281,7 +281,7 @@ def _nulls(file):
     [
         ("city_SE3_egovehicle.feather", _column("tx_m", float("nan")), r"feather: the pose of sweep \d+ is no number"),
         ("sensors/lidar/*.feather", _nulls, r"lidar/\d+.feather: the sweep has no points"),
-        ("sensors/lidar/*.feather", _column("x", "far"), r"lidar/\d+.feather: its points are no numbers .*'far'"),
+        ("sensors/lidar/*.feather", _column("x", "far"), r"lidar/\d+.feather: its points cannot be read .*'far'"),
         ("map/*_city.json", lambda file: file.write_text("[]"), "map: the ground raster cannot be read"),
         ("city_SE3_egovehicle.feather", _drop_pose, r"city_SE3_egovehicle.feather: no pose for sweep \d+; download"),
         ("city_SE3_egovehicle.feather", lambda file: file.unlink(), "city_SE3_egovehicle.feather: no such file"),
@@ -305,6 +305,94 @@ def test_a_broken_file_is_named_with_the_way_out(street_folder, street, tmp_path
     pairs = data.open_dataset(log)
     with pytest.raises(data.DataError, match=message):
         pairs[0]
+
+
+# --- Clouds and poses of one's own -----------------------------------------------------------------------------------
+
+
+def test_a_cloud_is_the_same_in_every_format(tmp_path):
+    points = np.random.default_rng(0).normal(0, 20, (50, 3)).astype(np.float32)
+    with_more = np.column_stack([points, np.arange(50, dtype=np.float32)])
+    with_more.tofile(tmp_path / "kitti.bin")
+    np.save(tmp_path / "cloud.npy", points.astype(np.float64))
+    np.save(tmp_path / "more.npy", with_more)
+    np.savez(tmp_path / "one.npz", points)
+    np.savez_compressed(tmp_path / "named.npz", intensity=np.zeros(50), points=with_more)
+    table = pyarrow.table({"y": points[:, 1], "x": points[:, 0], "z": points[:, 2], "intensity": np.zeros(50)})
+    feather.write_feather(table, tmp_path / "cloud.feather")
+    for name in ("kitti.bin", "cloud.npy", "more.npy", "one.npz", "named.npz", "cloud.feather"):
+        np.testing.assert_array_equal(data.read_cloud(tmp_path / name), points, err_msg=name)
+
+
+def test_files_that_are_no_clouds_are_named(tmp_path):
+    (tmp_path / "torn.bin").write_bytes(b"0" * 20)
+    (tmp_path / "empty.bin").write_bytes(b"")
+    np.save(tmp_path / "flat.npy", np.zeros(9))
+    np.save(tmp_path / "two.npy", np.zeros((9, 2)))
+    np.save(tmp_path / "code.npy", np.array([object()]), allow_pickle=True)
+    np.save(tmp_path / "text.npy", np.full((2, 3), "far"))
+    np.savez(tmp_path / "many.npz", a=np.zeros((2, 3)), b=np.zeros((2, 3)))
+    (tmp_path / "torn.npz").write_bytes((tmp_path / "many.npz").read_bytes()[:100])
+    (tmp_path / "torn.npy").write_bytes((tmp_path / "flat.npy").read_bytes()[:90])
+    np.save(tmp_path / "nan.npy", np.full((2, 3), np.nan))
+    (tmp_path / "cloud.ply").write_text("ply")
+    for name, message in (
+        ("torn.bin", "20 bytes are no rows of four float32 numbers"),
+        ("empty.bin", "has no points"),
+        ("flat.npy", r"its shape is \(9,\)"),
+        ("two.npy", r"its shape is \(9, 2\)"),
+        ("code.npy", "cannot be read"),
+        ("text.npy", "cannot be read"),
+        ("many.npz", r"it holds \['a', 'b'\], and none of them is called points"),
+        ("torn.npz", "cannot be read"),
+        ("torn.npy", "cannot be read"),
+        ("nan.npy", "has no points"),
+        ("cloud.ply", "convert it to one of .feather, .bin, .npy, .npz"),
+        ("no.bin", "no such file"),
+    ):
+        with pytest.raises(data.DataError, match=f"{name}: .*{message}"):
+            data.read_cloud(tmp_path / name)
+
+
+def test_poses_are_read_and_what_is_no_pose_is_named(tmp_path):
+    pose = np.array([[0, -1, 0, 3], [1, 0, 0, -2], [0, 0, 1, 0.5], [0, 0, 0, 1]], dtype=float)
+    np.save(tmp_path / "pose.npy", pose)
+    np.savetxt(tmp_path / "pose.txt", pose)
+    for name in ("pose.npy", "pose.txt"):
+        np.testing.assert_array_equal(data.read_pose(tmp_path / name), pose)
+    for name, wrong in (
+        ("transposed.txt", pose.T),
+        ("three rows.txt", pose[:3]),
+        ("mirrored.txt", pose * [[-1], [1], [1], [1]]),
+        ("scaled.txt", np.diag([2.0, 2.0, 2.0, 1.0])),
+        ("nan.txt", pose * np.nan),
+    ):
+        np.savetxt(tmp_path / name, wrong)
+        with pytest.raises(data.DataError, match=f"{name}: not a 4 x 4 pose"):
+            data.read_pose(tmp_path / name)
+    (tmp_path / "words.txt").write_text("no pose")
+    for name in ("words.txt", "nowhere.txt"):
+        with pytest.raises(data.DataError, match=f"{name}: not a 4 x 4 pose"):
+            data.read_pose(tmp_path / name)
+
+
+def test_a_pair_of_clouds_is_in_the_frame_of_the_first():
+    """The ego goes 3 m ahead and turns left by 90 degrees: a pole 10 m ahead is then 7 m to its right."""
+    ego0_SE3_ego1 = np.array([[0, -1, 0, 3], [1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]], dtype=float)
+    pole0, pole1 = np.array([[10.0, 0, 1]]), np.array([[0.0, -7, 1]])
+    pair = data.pair_of_clouds(pole0, torch.from_numpy(pole1), np.linalg.inv(ego0_SE3_ego1), np.array([True]))
+    torch.testing.assert_close(pair.pc1, torch.tensor([[10.0, 0, 1]]))
+    assert pair.pc0.dtype == pair.pc1.dtype == torch.float32
+    assert pair.is_ground0.tolist() == [True] and pair.is_ground1.tolist() == [False]
+    assert torch.equal(data.pair_of_clouds(pole0, pole1).pc1, torch.from_numpy(pole1).float())
+    for arguments, message in (
+        ((pole0, pole1.T), r"cloud 1 has shape \(3, 1\)"),
+        ((pole0, pole1, np.eye(3)), r"its shape is \(3, 3\)"),
+        ((pole0, pole1, None, np.zeros(2, dtype=bool)), "ground 0 is .*a bool for each of 1"),
+        ((pole0, pole1, None, None, np.zeros(1)), "ground 1 is .*float64"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            data.pair_of_clouds(*arguments)
 
 
 # --- A log written by hand -------------------------------------------------------------------------------------------

@@ -39,6 +39,20 @@ def test_a_student_learns_what_its_labels_say_and_a_seed_repeats_it():
     assert not torch.equal(first["head.decoder.0.weight"], other["head.decoder.0.weight"])
 
 
+def test_bfloat16_learns_too_and_the_student_stays_float32():
+    settings = train.TrainSettings(steps=40, device="cpu", learning_rate=1e-2, clip_norm=5.0, precision="bfloat16")
+    samples = samples_that_move()
+    model = train.train(samples, settings).eval()
+    assert {tensor.dtype for tensor in model.parameters()} == {torch.float32}
+    pc0, pc1, label, _ = samples[0]
+    with torch.no_grad():
+        flow = model([pc0], [pc1])[0][0]
+    assert (flow - label).norm(dim=1).mean() < 0.5 * label.norm(dim=1).mean()
+    other = train.train(samples, dataclasses.replace(settings, steps=2, precision="float32")).eval()
+    same = train.train(samples, dataclasses.replace(settings, steps=2)).eval()
+    assert not torch.equal(other.state_dict()["head.decoder.0.weight"], same.state_dict()["head.decoder.0.weight"])
+
+
 def test_each_step_has_the_weight_the_mask_and_the_rate_that_the_settings_say(monkeypatch):
     """Speed weight for the first part of the steps; only rows with a label and in the grid."""
     seen = []
@@ -127,7 +141,7 @@ def test_the_whole_method_on_a_tiny_street(tmp_path, monkeypatch, capsys):
 
     # `evaluate --checkpoint` reads the file and finds the same error on the same logs.
     (test_split,) = (tmp_path / "cache").glob("zeroflow/*/test")
-    student = zeroflow.from_student(fastflow3d.load_checkpoint(checkpoint))
+    student = zeroflow.from_student(fastflow3d.load_checkpoint(checkpoint).prepare_inference())
     result = zeroflow.evaluate(data.open_dataset(test_split), student)
     assert result["grid_three_way"] == pytest.approx(rows["student"]["grid_three_way"], abs=1e-6)
 

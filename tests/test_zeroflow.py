@@ -3,14 +3,20 @@
 import dataclasses
 import json
 import math
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from plain_student import seeded_model
+from pyarrow import feather
 
 import data
+import fastflow3d
 import metrics
 import nsfp
 import zeroflow
@@ -161,6 +167,110 @@ def test_the_fast_teacher_beats_no_motion_on_the_real_pair_where_it_moves_and_on
         result = zeroflow.evaluate([av2_pair], zeroflow.from_teacher(nsfp.TEACHERS["fast"]))
     assert result["grid_three_way"] < 0.10  # no motion: .2234
     assert result["grid_epe"] < 0.012  # .0193
+
+
+# --- Use -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def student_file(tmp_path_factory, street):
+    """A checkpoint of random weights whose flow of the small street's first pair is decimetres."""
+    pair = street[0]
+    model = seeded_model(fastflow3d.MODELS["narrow"], pair.pc0[~pair.is_ground0], pair.pc1[~pair.is_ground1])
+    file = tmp_path_factory.mktemp("student") / "student.pt"
+    torch.save(fastflow3d.checkpoint_of(model), file)
+    return file
+
+
+@torch.no_grad()
+def test_predict_gives_every_row_its_flow(student_file, street):
+    """Row by row what the model says of the points that are not ground; 0 for ground, NaN and points outside."""
+    model, pair = fastflow3d.load_checkpoint(student_file), street[0]
+    pc0 = pair.pc0.clone()
+    pc0[5], pc0[7] = torch.nan, 1000.0
+    keep = ~pair.is_ground0
+    (expected,), (inside,) = model([pc0[keep]], [pair.pc1[~pair.is_ground1]])
+    ground = {"is_ground0": pair.is_ground0, "is_ground1": pair.is_ground1}
+    flow = zeroflow.predict(model, pc0, pair.pc1, **ground)
+    assert torch.equal(flow[keep], expected) and flow[~keep].eq(0).all() and flow[[5, 7]].eq(0).all()
+    assert expected[inside].norm(dim=1).median() > 0.1 and (~keep).any()
+    arrays = [x.numpy() for x in (pc0, pair.pc1, pair.is_ground0, pair.is_ground1)]
+    same = zeroflow.predict(model, arrays[0], arrays[1], None, *arrays[2:])
+    assert isinstance(same, np.ndarray) and (same == flow.numpy()).all()
+    assert not np.allclose(zeroflow.predict(model, arrays[0], arrays[1])[keep.numpy()], same[keep.numpy()], atol=1e-3)
+    fast = zeroflow.predict(model.prepare_inference(), pc0, pair.pc1, **ground)
+    torch.testing.assert_close(fast, flow, atol=2e-5, rtol=0)
+    with pytest.raises(ValueError, match="in training mode; call model.eval"):
+        zeroflow.predict(model.train(), pc0, pair.pc1)
+
+
+@torch.no_grad()
+def test_predict_takes_clouds_in_their_own_frames_and_gives_total_flow(student_file, street):
+    model, pair = fastflow3d.load_checkpoint(student_file), street[0]
+    pose = pair.ego1_SE3_ego0
+    pc1_in_ego1 = data.transform(pose.numpy(), pair.pc1.double().numpy())
+    together = zeroflow.predict(model, pair.pc0, pair.pc1)
+    apart = zeroflow.predict(model, pair.pc0, pc1_in_ego1, pose)
+    torch.testing.assert_close(apart, together, atol=1e-3, rtol=0)  # but for points on borders of cells, rounded
+    total = zeroflow.predict(model, pair.pc0, pc1_in_ego1, pose.numpy(), total=True)
+    moved = data.transform(pose.numpy(), (pair.pc0 + apart).double().numpy())
+    np.testing.assert_allclose(total, moved - pair.pc0.double().numpy(), atol=1e-5)
+    assert (total - apart).norm(dim=1).max() > 0.1  # the ego moves
+
+
+def test_predict_as_a_user_types_it(tmp_path, student_file, street_folder, street, capsys):
+    """Both formats, a picture, total flow; and lines that say what was assumed."""
+    pair = street[0]
+    sweeps = [street_folder / pair.log_id / "sensors" / "lidar" / f"{stamp}.feather" for stamp in pair.key[1:]]
+    np.savetxt(tmp_path / "pose.txt", pair.ego1_SE3_ego0)
+    picture, npz, table = (tmp_path / name for name in ("flow.png", "flow.npz", "flow.feather"))
+    common = ["predict", "--checkpoint", str(student_file), *map(str, sweeps), "--device", "cpu"]
+    pose = ["--pose", str(tmp_path / "pose.txt")]
+    assert zeroflow.main([*common, *pose, "--out", str(npz), "--picture", str(picture)]) == 0
+    out = capsys.readouterr().out
+    assert "ground is not removed" in out and "no --pose" not in out
+    assert f"residual flow of {len(pair.pc0)} points" in out
+    with np.load(npz) as arrays:
+        flow, has_flow = arrays["flow"], arrays["has_flow"]
+    model = fastflow3d.load_checkpoint(student_file)
+    cell, _ = fastflow3d.assign_cells(pair.pc0, model.settings)
+    assert (has_flow == (cell >= 0).numpy()).all() and f"{has_flow.sum()} of them estimated" in out
+    expected = zeroflow.predict(model, pair.pc0.numpy(), data.read_cloud(sweeps[1]), pair.ego1_SE3_ego0)
+    np.testing.assert_allclose(flow, expected, atol=2e-5)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+    assert zeroflow.main([*common, *pose, "--out", str(table), "--total", "--dtype", "bfloat16"]) == 0
+    total = data.total_flow(torch.from_numpy(flow), pair).numpy()
+    columns = feather.read_table(table)
+    assert columns.column_names == ["flow_tx_m", "flow_ty_m", "flow_tz_m", "has_flow"]
+    error = np.linalg.norm(data.stack(columns, columns.column_names[:3]) - total, axis=1)
+    assert 0 < np.median(error) < 1e-2 and np.linalg.norm(total - flow, axis=1).max() > 0.1
+    capsys.readouterr()
+
+    assert zeroflow.main([*common, "--out", str(npz)]) == 0
+    assert "no --pose: both clouds are taken as in one frame" in capsys.readouterr().out
+    for arguments, message in (
+        ([*common, "--out", "flow.csv"], "flow.csv: choose a name that ends in .feather or .npz"),
+        ([*common, "--out", str(npz), "--picture", "flow.docx"], "flow.docx: choose a name that ends in .png"),
+        ([*common, "--out", str(npz), "--pose", "no.txt"], "no.txt: not a 4 x 4 pose"),
+        ([*common[:3], "a.bin", "b.bin", "--out", str(npz)], "a.bin: no such file"),
+        (["predict", "--checkpoint", "no.pt", *common[3:5], "--out", str(npz)], "no.pt: no such file"),
+    ):
+        assert zeroflow.main(arguments) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_the_lines_of_the_readme_run_as_they_stand(tmp_path, student_file):
+    (lines,) = [text for text in (ROOT / "README.md").read_text().split("```python\n") if "zeroflow.predict(" in text]
+    shutil.copy(student_file, tmp_path / "student.pt")
+    done = subprocess.run(
+        [sys.executable, "-c", lines.split("```")[0]],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 # --- The commands ----------------------------------------------------------------------------------------------------
