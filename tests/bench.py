@@ -186,7 +186,7 @@ def student(folder: str, name: str = "normal", repeats: int = 5) -> None:
             peak = pool.apply(peak_gb, (name, form, pc0, pc1))
             published, plain = (times[other] / times[form] for other in ("as published", "plain"))
             print(
-                f"  {form:13} {times[form]:7.3f} s, {published:4.2f} times as fast as published, {plain:4.2f} as plain; "
+                f"  {form:13} {times[form]:7.3f} s, {published:4.2f} x as published, {plain:4.2f} x plain; "
                 f"error median {error.median():.1e}, maximum {error.max():.1e} m; peak {peak:.2f} GB"
             )
     if torch.cuda.is_available():
@@ -219,9 +219,9 @@ def default_layout(_, images: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, .
 
 
 def peak_gb(name: str, form: str, pc0: torch.Tensor, pc1: torch.Tensor) -> float:
-    """Most memory that a process of its own had, torch's code included. (Not getrusage: that remembers its parent's.)"""
+    """Most memory that a process of its own had, torch's code included."""
     in_form(fastflow3d.FastFlow3D(fastflow3d.MODELS[name]).eval(), form)([pc0], [pc1])
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text()  # not getrusage, which remembers the parent's
     return int(status.split("VmHWM:")[1].split()[0]) / 1e6
 
 
