@@ -358,9 +358,9 @@ class FastFlow3DInference(nn.Module):
         check_clouds(pc0s, pc1s)
         # One tensor, pc0s before pc1s, filled up with NaN, which lies in no cell.
         points = nn.utils.rnn.pad_sequence([*pc0s, *pc1s], batch_first=True, padding_value=torch.nan)  # (2B, N, 3)
-        flow, is_in_grid = (self._replay if points.is_cuda else self._flow)(points)  # (B, N, 3), (B, N)
-        sizes = [len(pc0) for pc0 in pc0s]
-        return tuple([row[:size] for row, size in zip(rows, sizes, strict=True)] for rows in (flow, is_in_grid))
+        flows, masks = (self._replay if points.is_cuda else self._flow)(points)  # (B, N, 3), (B, N)
+        flows = [flow[: len(pc0)] for flow, pc0 in zip(flows, pc0s, strict=True)]
+        return flows, [mask[: len(pc0)] for mask, pc0 in zip(masks, pc0s, strict=True)]
 
     def _flow(self, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """points (2B, N, 3) -> flow (B, N, 3), is_in_grid (B, N)."""
@@ -380,15 +380,18 @@ class FastFlow3DInference(nn.Module):
         image0, image1, motion = (pixels(x).index_select(0, pixel).float() for x in (*images.chunk(2), motion))
         hidden = self.from_images(torch.cat([image0, image1], dim=1)) + motion + self.from_offset(offset)
         flow = torch.where(is_in_grid[:, None], self.out(F.gelu(hidden)), 0.0)  # (B·N, 3)
-        return flow.unflatten(0, (batch, -1)), is_in_grid.unflatten(0, (batch, -1))
+        shape = batch, points.shape[1]
+        return flow.unflatten(0, shape), is_in_grid.unflatten(0, shape)
 
     def _pillars(self, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """`PillarEmbedder` for points (2B, N, 3) in one go -> pseudo-images (2B, C, Y, X), slot (2B·N,), offset."""
         count, cells = len(points), self.settings.cells[0] * self.settings.cells[1]
+        cell, center = assign_cells(points.flatten(0, 1), self.settings)
+        first = (cells * torch.arange(count, device=cell.device))[:, None].expand(
+            points.shape[:2]
+        )  # slot of each image
         points = points.flatten(0, 1)  # (2B·N, 3)
-        cell, center = assign_cells(points, self.settings)
-        first = torch.arange(count, device=cell.device).repeat_interleave(len(points) // count) * cells
-        slot = torch.where(cell >= 0, first + cell, -1)
+        slot = torch.where(cell >= 0, first.flatten() + cell, -1)
         row = torch.where(cell >= 0, slot, count * cells)  # points outside meet in one more row, cut off at the end
         # Pillars are numbered along the rows. There are at most as many as points: a size that the host knows.
         is_used = torch.zeros(count * cells + 1, dtype=torch.long, device=cell.device).index_fill_(0, row, 1)
@@ -422,21 +425,25 @@ class FastFlow3DInference(nn.Module):
         """`_flow` as a CUDA graph: one launch for all its kernels. Captured where clouds outgrow the last one."""
         images, count, _ = points.shape
         if images not in self._graphs or self._graphs[images][1].shape[1] < count:
-            inputs = points.new_full((images, -(-count // 16384) * 16384, 3), torch.nan)
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):  # libraries choose their kernels now: capturing forbids it
-                for _ in range(3):
-                    self._flow(inputs)
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                outputs = self._flow(inputs)
-            self._graphs[images] = graph, inputs, outputs
+            with torch.cuda.device(points.device):
+                self._graphs[images] = self._captured(images, -(-count // 16384) * 16384)
         graph, inputs, outputs = self._graphs[images]
         inputs.fill_(torch.nan)[:, :count] = points
         graph.replay()
         return tuple(output[:, :count].clone() for output in outputs)  # the next replay overwrites them
+
+    def _captured(self, images: int, count: int) -> tuple[torch.cuda.CUDAGraph, torch.Tensor, tuple]:
+        inputs = torch.full((images, count, 3), torch.nan, device="cuda")
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # libraries choose their kernels now: while a graph is captured they must not
+            for _ in range(3):
+                self._flow(inputs)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs = self._flow(inputs)
+        return graph, inputs, outputs
 
     def _apply(self, *args, **kwargs):
         self._graphs.clear()  # they hold the addresses of the tensors that are about to move

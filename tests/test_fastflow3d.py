@@ -192,8 +192,14 @@ def test_bfloat16_errs_by_millimetres():
     """The fast model in bfloat16, and the plain one under autocast, whose metres must stay float32."""
     model, (pc0, pc1) = a_model(NORMAL), (odd_cloud(NORMAL, 1), odd_cloud(NORMAL, 2))
     (flow,), (inside,) = model([pc0], [pc1])
+    dtypes = {}
+    layers = model.embedder.feature_net.pfn_layers[0][0], model.backbone.encoder_step_1[0].conv, model.head.decoder[0]
+    hooks = [layer.register_forward_hook(lambda layer, _, x: dtypes.update({layer: x.dtype})) for layer in layers]
     with torch.autocast("cpu", torch.bfloat16):
         (autocast,), _ = model([pc0], [pc1])
+    assert [dtypes[layer] for layer in layers] == [torch.float32, torch.bfloat16, torch.float32]
+    for hook in hooks:
+        hook.remove()
     (fast,), _ = model.prepare_inference(torch.bfloat16)([pc0], [pc1])
     for other in (autocast, fast):
         error = (other - flow).norm(dim=1)[inside]
