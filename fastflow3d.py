@@ -8,7 +8,8 @@ after ego-motion, from sweep 0 to sweep 1; row i of a flow belongs to row i of i
 A point with a NaN coordinate or outside the grid gets flow 0 and False in `is_in_grid`. There is no cap on points.
 
 Everything is as ZeroFlow's published code computes it, since its weights are what people have, and the names in
-`state_dict()` are those of the published files without their prefix `model.`.
+`state_dict()` are those of the published files without their prefix `model.`; `load_checkpoint` reads both.
+`FastFlow3D` is there to be read and trained; its `prepare_inference` gives the same function in a faster form.
 
 On a GPU, torch's convolutions are TF32 by default; for parity at 1e-4 set `torch.backends.cudnn.allow_tf32 = False`.
 
@@ -70,15 +71,6 @@ MODELS = {
 }
 
 
-def check_clouds(pc0s: Sequence[torch.Tensor], pc1s: Sequence[torch.Tensor]) -> None:
-    """Raise ValueError where lists of clouds are not what a model takes."""
-    if not pc0s or len(pc0s) != len(pc1s):
-        raise ValueError(f"{len(pc0s)} clouds of sweep 0 and {len(pc1s)} of sweep 1: give as many, and one at least")
-    for cloud in (*pc0s, *pc1s):
-        if cloud.ndim != 2 or cloud.shape[1] != 3 or cloud.dtype != torch.float32:
-            raise ValueError(f"a cloud is (N, 3) float32, this one is {tuple(cloud.shape)} {cloud.dtype}")
-
-
 class FastFlow3D(nn.Module):
     """pillars -> pseudo-images (both frames) -> U-Net -> per-point head."""
 
@@ -118,6 +110,15 @@ class FastFlow3D(nn.Module):
         if dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"dtype {dtype}: choose torch.float32 or torch.bfloat16")
         return FastFlow3DInference(copy.deepcopy(self), dtype)
+
+
+def check_clouds(pc0s: Sequence[torch.Tensor], pc1s: Sequence[torch.Tensor]) -> None:
+    """Raise ValueError where lists of clouds are not what a model takes."""
+    if not pc0s or len(pc0s) != len(pc1s):
+        raise ValueError(f"{len(pc0s)} clouds of sweep 0 and {len(pc1s)} of sweep 1: give as many, and one at least")
+    for cloud in (*pc0s, *pc1s):
+        if cloud.ndim != 2 or cloud.shape[1] != 3 or cloud.dtype != torch.float32:
+            raise ValueError(f"a cloud is (N, 3) float32, this one is {tuple(cloud.shape)} {cloud.dtype}")
 
 
 # --- Points to pillars to a picture ----------------------------------------------------------------------------------
