@@ -17,7 +17,6 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -292,11 +291,13 @@ def read_cloud(file: str | Path) -> np.ndarray:
         if points.ndim != 2 or points.shape[1] < 3:
             raise ValueError(f"its shape is {points.shape}, expected (N, 3)")
         points = points[:, :3]
-        if not np.issubdtype(points.dtype, np.floating):
+        if points.dtype.kind not in "fiuO":  # O: a column with nulls
+            raise ValueError(f"its values are {points.dtype}, expected numbers")
+        if points.dtype not in (np.float16, np.float32):  # another byte order, too, is no dtype of torch's
             points = points.astype(np.float64)
     except DataError:
         raise
-    except (TypeError, ValueError, EOFError, KeyError, OSError, zipfile.BadZipFile) as error:
+    except Exception as error:  # the readers raise a dozen kinds: of zip, zlib, the tokenizer, pyarrow, memory
         raise DataError(f"{file}: its points cannot be read ({error}); download or make it again") from error
     if not np.isfinite(points).all(axis=1).any():
         raise DataError(f"{file}: the sweep has no points; download it again or remove it")
@@ -329,22 +330,32 @@ def read_pose(file: str | Path) -> np.ndarray:
     """A rigid transform (4, 4) float64 from an .npy file or four lines of text. Raises DataError naming the file."""
     file = Path(file)
     try:
-        pose = np.load(file, allow_pickle=False) if file.suffix == ".npy" else np.loadtxt(file)
+        pose = np.load(file, allow_pickle=False) if file.suffix == ".npy" else np.loadtxt(file.read_text().splitlines())
         return check_pose(pose)
-    except (ValueError, TypeError, EOFError, OSError) as error:
+    except Exception as error:  # see read_cloud
         raise DataError(f"{file}: not a 4 x 4 pose as text or .npy ({error})") from error
 
 
 def check_pose(pose: np.ndarray | torch.Tensor) -> np.ndarray:
     """The same as (4, 4) float64. Raises ValueError if it is no rotation and translation."""
-    pose = np.asarray(pose, dtype=np.float64)
+    pose = _on_cpu(pose).double().numpy()
     if pose.shape != (4, 4) or not np.isfinite(pose).all():
         raise ValueError(f"its shape is {pose.shape}, expected (4, 4), all finite")
     rotation = pose[:3, :3]
     is_rotation = np.abs(rotation @ rotation.T - np.eye(3)).max() < 1e-3 and np.linalg.det(rotation) > 0
-    if not is_rotation or (pose[3] != (0, 0, 0, 1)).any():
-        raise ValueError("its rotation does not turn, or its last row is not 0 0 0 1: is it transposed?")
+    if not is_rotation:
+        raise ValueError("its upper left 3 x 3 is no rotation: does it scale or mirror?")
+    if np.abs(pose[3] - (0, 0, 0, 1)).max() > 1e-6:
+        raise ValueError("its last row is not 0 0 0 1: is it transposed?")
     return pose
+
+
+def _on_cpu(values: np.ndarray | torch.Tensor) -> torch.Tensor:
+    """As a tensor that torch can use: arrays may be read-only, run backwards, or be of another byte order."""
+    if isinstance(values, torch.Tensor):
+        return values.detach().cpu()
+    values = np.array(values)
+    return torch.from_numpy(values.astype(values.dtype.newbyteorder("=")))
 
 
 def pair_of_clouds(
@@ -360,11 +371,11 @@ def pair_of_clouds(
     """
     clouds, masks = [], []
     for name, points, is_ground in (("0", points0, is_ground0), ("1", points1, is_ground1)):
-        clouds.append(torch.as_tensor(points).detach().cpu())
+        clouds.append(_on_cpu(points))
         if clouds[-1].ndim != 2 or clouds[-1].shape[1] != 3:
             raise ValueError(f"cloud {name} has shape {tuple(clouds[-1].shape)}, expected (N, 3); drop other columns")
         count = len(clouds[-1])
-        masks.append(torch.zeros(count, dtype=torch.bool) if is_ground is None else torch.as_tensor(is_ground).cpu())
+        masks.append(torch.zeros(count, dtype=torch.bool) if is_ground is None else _on_cpu(is_ground))
         if masks[-1].shape != (count,) or masks[-1].dtype != torch.bool:
             found = f"{tuple(masks[-1].shape)} {masks[-1].dtype}"
             raise ValueError(f"ground {name} is {found}, expected a bool for each of {count} points")

@@ -11,7 +11,8 @@ Everything is as ZeroFlow's published code computes it, since its weights are wh
 `state_dict()` are those of the published files without their prefix `model.`; `load_checkpoint` reads both.
 `FastFlow3D` is there to be read and trained; its `prepare_inference` gives the same function in a faster form.
 
-On a GPU, torch's convolutions are TF32 by default; for parity at 1e-4 set `torch.backends.cudnn.allow_tf32 = False`.
+On a GPU, torch's convolutions are TF32 by default; for parity at 1e-4 set `torch.backends.cudnn.allow_tf32 = False`
+before the first call.
 
 This file needs torch, and none of its siblings.
 """
@@ -20,6 +21,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
+import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,8 +46,8 @@ class FastFlow3DSettings:
     def __post_init__(self):
         if len(self.level_channels) != len(self.level_blocks):
             raise ValueError(f"{len(self.level_channels)} level_channels for {len(self.level_blocks)} level_blocks")
-        if not self.cell_m > 0:
-            raise ValueError(f"cell_m {self.cell_m}: must be positive")
+        if not self.cell_m > 0 or len(self.half_extent_m) != 3 or not all(0 < x < 1e4 for x in self.half_extent_m):
+            raise ValueError(f"half_extent_m {self.half_extent_m}, cell_m {self.cell_m}: must be positive, x, y and z")
         multiple = 2 ** len(self.level_channels)  # each level halves the map
         for half, cells in zip(self.half_extent_m[1::-1], self.cells, strict=True):
             if abs(cells * self.cell_m - 2 * half) > 1e-3 or cells % multiple:
@@ -99,8 +102,9 @@ class FastFlow3D(nn.Module):
         with in_float32:
             known = [pixels(maps) for maps in (image0, image1, motion)]  # (B·Y·X, C), twice, and (B·Y·X, 2C)
             flow[is_in_grid] = self.head(known, slot[is_in_grid], offset[is_in_grid])
-        sizes = [len(pc0) for pc0 in pc0s]
-        return list(flow.split(sizes)), list(is_in_grid.split(sizes))
+        ends = list(itertools.accumulate(len(pc0) for pc0 in pc0s))
+        rows = [slice(end - len(pc0), end) for pc0, end in zip(pc0s, ends, strict=True)]
+        return [flow[mine] for mine in rows], [is_in_grid[mine] for mine in rows]
 
     def prepare_inference(self, dtype: torch.dtype = torch.float32) -> FastFlow3DInference:
         """The same function in evaluation mode, faster, on the same device; a copy, which cannot be trained.
@@ -109,7 +113,7 @@ class FastFlow3D(nn.Module):
         """
         if dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"dtype {dtype}: choose torch.float32 or torch.bfloat16")
-        return FastFlow3DInference(copy.deepcopy(self), dtype)
+        return FastFlow3DInference(copy.deepcopy(self).float(), dtype)
 
 
 def check_clouds(pc0s: Sequence[torch.Tensor], pc1s: Sequence[torch.Tensor]) -> None:
@@ -308,19 +312,20 @@ class FastFlow3DInference(nn.Module):
     - The decoder is linear: a 3x3 convolution followed by a 1x1 one, or by the head's first layer, is one 3x3
       convolution, with half the outputs to compute. (u3, *before* a 3x3 one, stays: it costs 1 %, and its bias must
       not act beyond the border, where the published code pads with zeros after it.)
-    - On a CPU the decoder is computed only at the pixels on which a point's flow depends.
+    - On a CPU, decoder steps are computed only at the pixels on which a point's flow depends, where that pays.
     - Channels lie side by side (channels_last), as pillars come and as convolutions are fastest.
     - On a GPU all clouds are one tensor, shapes do not depend on where points lie, and the host waits for nothing: the
-      whole is one CUDA graph.
+      whole is one CUDA graph, captured at the first call, and again where there are more clouds or points. Use a copy a
+      thread: they would share its buffers.
 
-    Coordinates, pillar net and the head's last layers are float32 whatever `dtype` is. torch.compile is not used: on a
-    CPU it needs a C++ compiler, and it gains little beside this.
+    Coordinates, pillar net and the head's last layers are float32 whatever `dtype` and autocast say. There is no
+    torch.compile, since on a CPU that needs a C++ compiler.
     """
 
     def __init__(self, model: FastFlow3D, dtype: torch.dtype = torch.float32):
         super().__init__()
         self.settings, self.dtype = model.settings, dtype
-        self._graphs = {}  # number of images -> (CUDA graph, its points, its results)
+        self._graph = None  # on a GPU: (CUDA graph, the points it reads, the results it writes)
         linear, norm, _ = model.embedder.feature_net.pfn_layers[0]
         self.pillar_net = _with_norm(linear, norm)
 
@@ -359,7 +364,8 @@ class FastFlow3DInference(nn.Module):
         check_clouds(pc0s, pc1s)
         # One tensor, pc0s before pc1s, filled up with NaN, which lies in no cell.
         points = nn.utils.rnn.pad_sequence([*pc0s, *pc1s], batch_first=True, padding_value=torch.nan)  # (2B, N, 3)
-        flows, masks = (self._replay if points.is_cuda else self._flow)(points)  # (B, N, 3), (B, N)
+        with torch.autocast(points.device.type, enabled=False):
+            flows, masks = (self._replay if points.is_cuda else self._flow)(points)  # (B, N, 3), (B, N)
         flows = [flow[: len(pc0)] for flow, pc0 in zip(flows, pc0s, strict=True)]
         return flows, [mask[: len(pc0)] for mask, pc0 in zip(masks, pc0s, strict=True)]
 
@@ -386,13 +392,12 @@ class FastFlow3DInference(nn.Module):
 
     def _pillars(self, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """`PillarEmbedder` for points (2B, N, 3) in one go -> pseudo-images (2B, C, Y, X), slot (2B·N,), offset."""
-        count, cells = len(points), self.settings.cells[0] * self.settings.cells[1]
-        cell, center = assign_cells(points.flatten(0, 1), self.settings)
-        first = (cells * torch.arange(count, device=cell.device))[:, None].expand(
-            points.shape[:2]
-        )  # slot of each image
+        count, size = points.shape[:2]
+        cells = self.settings.cells[0] * self.settings.cells[1]
         points = points.flatten(0, 1)  # (2B·N, 3)
-        slot = torch.where(cell >= 0, first.flatten() + cell, -1)
+        cell, center = assign_cells(points, self.settings)
+        image = torch.arange(count, device=cell.device)[:, None].expand(count, size).flatten()
+        slot = torch.where(cell >= 0, image * cells + cell, -1)
         row = torch.where(cell >= 0, slot, count * cells)  # points outside meet in one more row, cut off at the end
         # Pillars are numbered along the rows. There are at most as many as points: a size that the host knows.
         is_used = torch.zeros(count * cells + 1, dtype=torch.long, device=cell.device).index_fill_(0, row, 1)
@@ -408,7 +413,7 @@ class FastFlow3DInference(nn.Module):
     def _decode(self, maps: list[torch.Tensor], is_asked: torch.Tensor | None) -> torch.Tensor:
         """Maps (2B, C, Y, X), finest first -> what the head makes of their motion (B, head_channels, Y, X).
 
-        is_asked (B, Y, X): compute it at these pixels at least; None: at all.
+        is_asked (B, Y, X): compute it at these pixels at least; None: everywhere.
         """
         x = self.coarsest(torch.cat(maps[-1].chunk(2), dim=1))
         plan = _pixels_needed(is_asked, [len(convs) for convs in self.convs])
@@ -422,16 +427,18 @@ class FastFlow3DInference(nn.Module):
                     x = conv(x)
         return x
 
+    @torch.inference_mode(False)  # or buffers made under it could not be written to without it
     def _replay(self, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`_flow` as a CUDA graph: one launch for all its kernels. Captured where clouds outgrow the last one."""
+        """`_flow` as a CUDA graph: one launch for all its kernels."""
         images, count, _ = points.shape
-        if images not in self._graphs or self._graphs[images][1].shape[1] < count:
-            with torch.cuda.device(points.device):
-                self._graphs[images] = self._captured(images, -(-count // 16384) * 16384)
-        graph, inputs, outputs = self._graphs[images]
-        inputs.fill_(torch.nan)[:, :count] = points
-        graph.replay()
-        return tuple(output[:, :count].clone() for output in outputs)  # the next replay overwrites them
+        with torch.no_grad(), torch.cuda.device(points.device):
+            if self._graph is None or self._graph[1].shape[0] != images or self._graph[1].shape[1] < count:
+                self._graph = None  # its memory is free before the next one takes some
+                self._graph = self._captured(images, -(-count // 16384) * 16384)
+            graph, inputs, outputs = self._graph
+            inputs.fill_(torch.nan)[:, :count] = points
+            graph.replay()
+            return tuple(output[:, :count].clone() for output in outputs)  # the next replay overwrites them
 
     def _captured(self, images: int, count: int) -> tuple[torch.cuda.CUDAGraph, torch.Tensor, tuple]:
         inputs = torch.full((images, count, 3), torch.nan, device="cuda")
@@ -442,13 +449,16 @@ class FastFlow3DInference(nn.Module):
                 self._flow(inputs)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=side):  # the default stream is of whichever GPU captured first
             outputs = self._flow(inputs)
         return graph, inputs, outputs
 
     def _apply(self, *args, **kwargs):
-        self._graphs.clear()  # they hold the addresses of the tensors that are about to move
+        self._graph = None  # it holds the addresses of the tensors that are about to move
         return super()._apply(*args, **kwargs)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_graph": None}  # a graph can be neither copied nor saved
 
 
 def _pixels_needed(is_asked: torch.Tensor | None, convs: list[int]) -> list[list[torch.Tensor] | None]:
@@ -539,13 +549,15 @@ def load_checkpoint(path: str | Path) -> FastFlow3D:
 
     Raises ValueError naming the file, and which tensors are missing, unknown, of another shape or not finite.
     """
+    foreign = f"{path}: not a checkpoint of train.py, nor a published one"
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; train.py writes checkpoints") from None
-    except Exception as error:  # whatever a torn or foreign file, or one that would run code, makes torch raise
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{path}: not a checkpoint of train.py, nor a published one ({reason})") from error
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{foreign}: torn, no file of torch, or one that runs code, which is refused") from error
+    except Exception as error:  # whatever else a torn or foreign file makes torch raise
+        raise ValueError(f"{foreign} ({error!r})") from error
     try:
         if "state_dict" in checkpoint:
             tensors = {name.removeprefix("model."): tensor for name, tensor in checkpoint["state_dict"].items()}
@@ -553,8 +565,8 @@ def load_checkpoint(path: str | Path) -> FastFlow3D:
         else:
             tensors, candidates = checkpoint["model"], [FastFlow3DSettings(**checkpoint["model_settings"])]
         wrong, settings = min(((_differences(each, tensors), each) for each in candidates), key=lambda x: len(x[0]))
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path}: not a checkpoint of train.py, nor a published one ({error!r})") from error
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError, RuntimeError) as error:
+        raise ValueError(f"{foreign} ({error!r})") from error
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise ValueError(f"{path}: does not hold the student it should: {'; '.join(wrong[:5])}{more}")
@@ -572,11 +584,18 @@ def _differences(settings: FastFlow3DSettings, tensors: dict[str, torch.Tensor])
     lines = [f"{name} is missing" for name in expected if name not in tensors]
     lines += [f"{name} is unknown" for name in tensors if name not in expected]
     for name in expected.keys() & tensors.keys():
-        if tensors[name].shape != expected[name].shape:
-            lines.append(f"{name} is {tuple(tensors[name].shape)}, expected {tuple(expected[name].shape)}")
-        elif not tensors[name].isfinite().all():
+        ours, found = expected[name], tensors[name]
+        if not isinstance(found, torch.Tensor) or found.shape != ours.shape:
+            shape = tuple(getattr(found, "shape", ("no tensor",)))
+            lines.append(f"{name} is {shape}, expected {tuple(ours.shape)}")
+        elif found.dtype not in _FILE_DTYPES[ours.is_floating_point()] or found.layout != torch.strided:
+            lines.append(f"{name} is {found.dtype}, {found.layout}, expected {ours.dtype}")
+        elif not found.to(ours.dtype).isfinite().all():
             lines.append(f"{name} is not finite")
     return lines
+
+
+_FILE_DTYPES = {True: (torch.float32, torch.float16, torch.bfloat16, torch.float64), False: (torch.int64, torch.int32)}
 
 
 def checkpoint_of(model: FastFlow3D) -> dict:

@@ -635,7 +635,7 @@ def predict(
 
     With a pose (4, 4), each cloud is in its own ego frame, and `total` asks for the raw flow, ego-motion included;
     without one both are in the same frame. Ground masks (N,) bool; without them nothing is ground.
-    Ground, NaN and what lies outside the model's grid keep residual 0: they move as the ego says.
+    Ground, NaN and what lies outside the model's grid keep residual 0: they move as the ego says (a NaN to NaN).
     Raises ValueError where shapes do not fit, or the model is in training mode.
     """
     pair = data.pair_of_clouds(pc0, pc1, ego1_SE3_ego0, is_ground0, is_ground1)
@@ -787,6 +787,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     settings = chosen_settings(arguments, nsfp.TEACHERS[arguments.teacher or "fast"])
     if not arguments.teacher and settings != nsfp.TEACHERS["fast"]:
         raise DataError("settings of a teacher were given without --teacher")
+    if arguments.dtype != "float32" and not arguments.checkpoint:
+        raise DataError("--dtype: is the student's; give its --checkpoint")
     dataset = open_and_tell(arguments.data)
     if arguments.checkpoint:
         estimator = from_student(_load_student(arguments))
@@ -823,6 +825,12 @@ def _predict(arguments: argparse.Namespace) -> int:
     for file, suffixes in ((arguments.out, (".feather", ".npz")), (arguments.picture, (".png", ".pdf", ".svg"))):
         if file is not None and file.suffix not in suffixes:
             raise DataError(f"{file}: choose a name that ends in {' or '.join(suffixes)}")
+    if arguments.picture is not None and not arguments.picture.parent.is_dir():
+        raise DataError(f"{arguments.picture}: there is no such folder; make it first")
+    if arguments.total and arguments.pose is None:
+        raise DataError(
+            "--total: needs --pose; without it the clouds are in one frame, and residual flow is all there is"
+        )
     clouds = [data.read_cloud(file) for file in (arguments.cloud0, arguments.cloud1)]
     pose = data.read_pose(arguments.pose) if arguments.pose else None
     if pose is None:
@@ -837,6 +845,9 @@ def _predict(arguments: argparse.Namespace) -> int:
         import viz  # matplotlib is loaded only when a picture is asked for
 
         viz.flow_figure(pair, {"student": flow}, model.settings.half_extent_m[0]).savefig(arguments.picture, dpi=120)
+    if not has_flow.any():
+        extent = " x ".join(f"{2 * half:g}" for half in model.settings.half_extent_m)
+        print(f"no point lies in the student's grid of {extent} m about the ego: are these clouds in an ego frame?")
     moving = int((flow.norm(dim=1) >= data.DYNAMIC_THRESHOLD_M).sum())
     kind = "total" if arguments.total else "residual"
     print(

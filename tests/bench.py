@@ -331,7 +331,11 @@ def on_a_gpu(model: fastflow3d.FastFlow3D, pc0: torch.Tensor, pc1: torch.Tensor)
             fast([pc0] * batch, [pc1] * batch)
             torch.cuda.synchronize()
 
-        print(f"  GPU, fast bfloat16, batch {batch}: {1e3 * seconds(run, 20) / batch:.2f} ms a pair")
+        each = seconds(run, 20) / batch
+        peak = torch.cuda.max_memory_allocated() / 1e9
+        print(
+            f"  GPU, fast bfloat16, batch {batch}: {1e3 * each:.2f} ms a pair, {1 / each:.0f} a second, {peak:.2f} GB"
+        )
 
 
 if __name__ == "__main__":

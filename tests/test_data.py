@@ -320,7 +320,8 @@ def test_a_cloud_is_the_same_in_every_format(tmp_path):
     np.savez_compressed(tmp_path / "named.npz", intensity=np.zeros(50), points=with_more)
     table = pyarrow.table({"y": points[:, 1], "x": points[:, 0], "z": points[:, 2], "intensity": np.zeros(50)})
     feather.write_feather(table, tmp_path / "cloud.feather")
-    for name in ("kitti.bin", "cloud.npy", "more.npy", "one.npz", "named.npz", "cloud.feather"):
+    np.save(tmp_path / "big-endian.npy", points.astype(">f8"))
+    for name in ("kitti.bin", "cloud.npy", "more.npy", "one.npz", "named.npz", "cloud.feather", "big-endian.npy"):
         np.testing.assert_array_equal(data.read_cloud(tmp_path / name), points, err_msg=name)
 
 
@@ -335,6 +336,11 @@ def test_files_that_are_no_clouds_are_named(tmp_path):
     (tmp_path / "torn.npz").write_bytes((tmp_path / "many.npz").read_bytes()[:100])
     (tmp_path / "torn.npy").write_bytes((tmp_path / "flat.npy").read_bytes()[:90])
     np.save(tmp_path / "nan.npy", np.full((2, 3), np.nan))
+    np.save(tmp_path / "complex.npy", np.ones((2, 3), dtype=complex))
+    np.savez_compressed(tmp_path / "flipped.npz", np.random.default_rng(0).normal(size=(500, 3)))
+    flipped = bytearray((tmp_path / "flipped.npz").read_bytes())
+    flipped[len(flipped) // 2 :: 50] = bytes(len(flipped[len(flipped) // 2 :: 50]))
+    (tmp_path / "flipped.npz").write_bytes(flipped)
     (tmp_path / "cloud.ply").write_text("ply")
     for name, message in (
         ("torn.bin", "20 bytes are no rows of four float32 numbers"),
@@ -347,6 +353,8 @@ def test_files_that_are_no_clouds_are_named(tmp_path):
         ("torn.npz", "cannot be read"),
         ("torn.npy", "cannot be read"),
         ("nan.npy", "has no points"),
+        ("complex.npy", "its values are complex128"),
+        ("flipped.npz", "cannot be read"),
         ("cloud.ply", "convert it to one of .feather, .bin, .npy, .npz"),
         ("no.bin", "no such file"),
     ):
@@ -385,6 +393,9 @@ def test_a_pair_of_clouds_is_in_the_frame_of_the_first():
     assert pair.pc0.dtype == pair.pc1.dtype == torch.float32
     assert pair.is_ground0.tolist() == [True] and pair.is_ground1.tolist() == [False]
     assert torch.equal(data.pair_of_clouds(pole0, pole1).pc1, torch.from_numpy(pole1).float())
+    backwards = np.array([[1.0, 2, 3], [4, 5, 6]], dtype=">f4")[::-1]
+    backwards.flags.writeable = False
+    assert data.pair_of_clouds(backwards, pole1).pc0.tolist() == [[4, 5, 6], [1, 2, 3]]
     for arguments, message in (
         ((pole0, pole1.T), r"cloud 1 has shape \(3, 1\)"),
         ((pole0, pole1, np.eye(3)), r"its shape is \(3, 3\)"),

@@ -244,15 +244,33 @@ def test_predict_as_a_user_types_it(tmp_path, student_file, street_folder, stree
     columns = feather.read_table(table)
     assert columns.column_names == ["flow_tx_m", "flow_ty_m", "flow_tz_m", "has_flow"]
     error = np.linalg.norm(data.stack(columns, columns.column_names[:3]) - total, axis=1)
+    assert (columns["has_flow"].to_numpy() == has_flow).all()
     assert 0 < np.median(error) < 1e-2 and np.linalg.norm(total - flow, axis=1).max() > 0.1
     capsys.readouterr()
 
     assert zeroflow.main([*common, "--out", str(npz)]) == 0
     assert "no --pose: both clouds are taken as in one frame" in capsys.readouterr().out
+    np.save(tmp_path / "city.npy", pair.pc0.numpy() + 5000)
+    far = str(tmp_path / "city.npy")
+    assert zeroflow.main(["predict", "--checkpoint", str(student_file), far, far, "--out", str(npz)]) == 0
+    assert "no point lies in the student's grid of 51.2 x 51.2 x 6 m" in capsys.readouterr().out
+    for dtype, bound in (("float32", 1e-6), ("bfloat16", 1e-2)):
+        numbers = tmp_path / "numbers.json"
+        command = ["evaluate", "--data", str(street_folder), "--checkpoint", str(student_file), "--dtype", dtype]
+        assert zeroflow.main([*command, "--json", str(numbers)]) == 0
+        error = abs(
+            json.loads(numbers.read_text())["grid_epe"]
+            - zeroflow.evaluate(street, zeroflow.from_student(model))["grid_epe"]
+        )
+        assert error < bound and (dtype == "float32" or error > 1e-7)
+    capsys.readouterr()
     for arguments, message in (
         ([*common, "--out", "flow.csv"], "flow.csv: choose a name that ends in .feather or .npz"),
         ([*common, "--out", str(npz), "--picture", "flow.docx"], "flow.docx: choose a name that ends in .png"),
         ([*common, "--out", str(npz), "--pose", "no.txt"], "no.txt: not a 4 x 4 pose"),
+        ([*common, "--out", str(npz), "--picture", "no/flow.png"], "no/flow.png: there is no such folder"),
+        ([*common, "--out", str(npz), "--total"], "--total: needs --pose"),
+        (["evaluate", "--data", "x", "--baseline", "nearest", "--dtype", "bfloat16"], "--dtype: is the student's"),
         ([*common[:3], "a.bin", "b.bin", "--out", str(npz)], "a.bin: no such file"),
         (["predict", "--checkpoint", "no.pt", *common[3:5], "--out", str(npz)], "no.pt: no such file"),
     ):
