@@ -827,14 +827,10 @@ def _predict(arguments: argparse.Namespace) -> int:
             raise DataError(f"{file}: choose a name that ends in {' or '.join(suffixes)}")
     if arguments.picture is not None and not arguments.picture.parent.is_dir():
         raise DataError(f"{arguments.picture}: there is no such folder; make it first")
-    if arguments.total and arguments.pose is None:
-        raise DataError(
-            "--total: needs --pose; without it the clouds are in one frame, and residual flow is all there is"
-        )
     clouds = [data.read_cloud(file) for file in (arguments.cloud0, arguments.cloud1)]
     pose = data.read_pose(arguments.pose) if arguments.pose else None
     if pose is None:
-        print("no --pose: both clouds are taken as in one frame")
+        print("no --pose: both clouds are taken as in one frame, so residual flow is all there is")
     print("ground is not removed")
     model, pair = _load_student(arguments), data.pair_of_clouds(*clouds, pose)
     start = time.perf_counter()

@@ -269,7 +269,6 @@ def test_predict_as_a_user_types_it(tmp_path, student_file, street_folder, stree
         ([*common, "--out", str(npz), "--picture", "flow.docx"], "flow.docx: choose a name that ends in .png"),
         ([*common, "--out", str(npz), "--pose", "no.txt"], "no.txt: not a 4 x 4 pose"),
         ([*common, "--out", str(npz), "--picture", "no/flow.png"], "no/flow.png: there is no such folder"),
-        ([*common, "--out", str(npz), "--total"], "--total: needs --pose"),
         (["evaluate", "--data", "x", "--baseline", "nearest", "--dtype", "bfloat16"], "--dtype: is the student's"),
         ([*common[:3], "a.bin", "b.bin", "--out", str(npz)], "a.bin: no such file"),
         (["predict", "--checkpoint", "no.pt", *common[3:5], "--out", str(npz)], "no.pt: no such file"),
