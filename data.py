@@ -17,9 +17,11 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
@@ -30,7 +32,8 @@ from scipy.spatial.transform import Rotation
 
 # The student's grid as published: |x|, |y| < 51.2 m and |z| < 3 m (the lower border belongs to it, the upper does not).
 GRID_HALF_EXTENT_M = (51.2, 51.2, 3.0)
-GROUND_THRESHOLD_M = 0.40  # ZeroFlow's; the av2 package takes 0.30
+GROUND_THRESHOLD_M = 0.40  # ZeroFlow's ...
+AV2_GROUND_THRESHOLD_M = 0.30  # ... and that of the av2 package, which made the 2023 challenge's masks
 MAX_GAP_NS = 150_000_000  # sweeps come at 10 Hz; a longer gap means that one is missing
 DYNAMIC_THRESHOLD_M = 0.05  # av2's: a point that moves less than 5 cm a sweep is static
 
@@ -117,15 +120,18 @@ class Argoverse2Pairs(torch.utils.data.Dataset):
     """All pairs of consecutive sweeps of some Argoverse 2 logs, in the order of log id and time.
 
     keys: the PairKey of every pair. skipped: a line for every two neighbours that are no pair, with the reason.
+    stamps: all sweeps of each log, in the order of time, whether they make pairs or not.
     """
 
     def __init__(self, logs: list[Path], true_flow: bool = True):
         self.true_flow = true_flow
         self.keys: list[PairKey] = []
         self.skipped: list[str] = []
+        self.stamps: dict[str, list[int]] = {}
         self._folders = {log.absolute().name: log for log in logs}
         for log_id, log in self._folders.items():
             stamps = sorted(_sweep_timestamp_ns(file) for file in (log / "sensors" / "lidar").glob("*.feather"))
+            self.stamps[log_id] = stamps
             for stamp0, stamp1 in itertools.pairwise(stamps):
                 gap_ns = stamp1 - stamp0
                 if 0 < gap_ns <= MAX_GAP_NS:
@@ -157,6 +163,16 @@ class Argoverse2Pairs(torch.utils.data.Dataset):
             **key._asdict(),
             **{name: torch.from_numpy(values) for name, values in truth.items()},
         )
+
+    def challenge_mask(self, pair: SweepPair) -> torch.Tensor | None:
+        """(N0,) bool: the points that the 2023 challenge scores, by av2's rule of ground; None without its raster."""
+        log = _read_log(self._folders[pair.log_id], self.true_flow)
+        if not isinstance(log.ground, GroundRaster):
+            return None
+        points = pair.pc0.double().numpy()
+        points_city = transform(log.city_SE3_ego(pair.timestamp0_ns), points)
+        is_ground = log.ground.is_ground(points_city, AV2_GROUND_THRESHOLD_M, np.trunc)
+        return torch.from_numpy((np.abs(points[:, :2]) <= 50).all(axis=1) & ~is_ground)
 
 
 _TRUTH_FIELDS = ("flow", "category", "is_dynamic", "is_valid")
@@ -195,6 +211,14 @@ def total_flow(residual: torch.Tensor, pair: SweepPair) -> torch.Tensor:
     points = pair.pc0.double()
     rotation, translation = pair.ego1_SE3_ego0[:3, :3], pair.ego1_SE3_ego0[:3, 3]
     return ((points + residual.double()) @ rotation.T + translation - points).float()
+
+
+def residual_flow(total: torch.Tensor, pair: SweepPair) -> torch.Tensor:
+    """The residual of a raw flow (N0, 3), float32: the inverse of `total_flow`."""
+    assert total.shape == pair.pc0.shape, f"flow {tuple(total.shape)} for points {tuple(pair.pc0.shape)}"
+    points = pair.pc0.double()
+    rotation, translation = pair.ego1_SE3_ego0[:3, :3], pair.ego1_SE3_ego0[:3, 3]
+    return ((points + total.double() - translation) @ rotation - points).float()  # v @ R is inv(R) · v
 
 
 # --- Ground and grid -------------------------------------------------------------------------------------------------
@@ -386,6 +410,137 @@ def pair_of_clouds(
     )
 
 
+# --- Challenge files --------------------------------------------------------------------------------------------------
+
+FLOW_COLUMNS = ("flow_tx_m", "flow_ty_m", "flow_tz_m")
+CHALLENGES = (2023, 2024)
+EVERY = 5  # both challenges score every fifth pair
+
+
+def challenge_members(dataset: Argoverse2Pairs, challenge: int) -> dict[str, PairKey]:
+    """Name in a submission -> pair, of the pairs that a challenge scores.
+
+    2023: every fifth of all the split's pairs in a row, `<log>/<timestamp0_ns>.feather`. 2024: every fifth of each log,
+    `<log>/<i of sweep 0:010d>.feather`. Two neighbours with a gap between them count, too, as they did there.
+    """
+    neighbours = [
+        (i, PairKey(log_id, *pair))
+        for log_id, stamps in dataset.stamps.items()
+        for i, pair in enumerate(itertools.pairwise(stamps))
+    ]
+    if challenge == 2023:
+        return {f"{key.log_id}/{key.timestamp0_ns}.feather": key for _, key in neighbours[::EVERY]}
+    return {f"{key.log_id}/{i:010d}.feather": key for i, key in neighbours if i % EVERY == 0}
+
+
+def challenge_file(pair: SweepPair, residual: torch.Tensor, challenge: int, mask: torch.Tensor | None) -> bytes:
+    """A pair's file in a submission, of the residual flow (N0, 3); Feather, float16.
+
+    2023: raw flow and is_dynamic (5 cm or more of it the object's own), a row a point of `mask` (N0,). 2024: residual
+    flow, a row a point of the sweep, all valid: a point without an estimate has residual 0, and moves as the ego says.
+    """
+    if challenge == 2023:
+        columns = {"is_dynamic": (residual.norm(dim=1) > DYNAMIC_THRESHOLD_M)[mask].numpy()}
+        flow = total_flow(residual, pair)[mask]
+    else:
+        columns, flow = {"is_valid": np.ones(len(residual), dtype=bool)}, residual
+    flow_columns = {name: flow[:, i].numpy().astype(np.float16) for i, name in enumerate(FLOW_COLUMNS)}
+    file = pyarrow.BufferOutputStream()
+    feather.write_feather(pyarrow.table(flow_columns | columns), file)
+    return file.getvalue().to_pybytes()
+
+
+class ChallengeFiles:
+    """The Feather files `<log_id>/<name>.feather` of a folder or a zip, as challenges hand them out and take them.
+
+    members: (log_id, name without ending) -> where it is. Folders above the log's do not matter.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path, self._archive = Path(path), None
+        if not self.path.exists():
+            raise DataError(f"{path}: no such file or folder; give a folder or zip of <log_id>/<name>.feather")
+        if self.path.is_dir():
+            names = [file.relative_to(self.path).as_posix() for file in self.path.rglob("*.feather")]
+        else:
+            try:
+                self._archive = zipfile.ZipFile(self.path)
+            except (zipfile.BadZipFile, OSError) as error:
+                raise DataError(f"{path}: neither a folder nor a whole zip ({error}); download it again") from error
+            names = self._archive.namelist()
+        files = [PurePosixPath(name) for name in sorted(names) if name.endswith(".feather")]
+        self.members = {(file.parent.name, file.stem): str(file) for file in files}
+
+    def read(self, log_id: str, name: str, columns: list[str], rows: int) -> pyarrow.Table:
+        """One file. Raises DataError naming it where it is missing or torn, or has other columns or rows."""
+        if (log_id, name) not in self.members:
+            raise DataError(f"{self.path}: has no {log_id}/{name}.feather; is it of this split?")
+        member, content = self.members[log_id, name], None
+        file = self.path / member
+        if self._archive is not None:
+            try:
+                content = pyarrow.BufferReader(self._archive.read(member))
+            except (zipfile.BadZipFile, zlib.error, OSError, EOFError) as error:
+                raise DataError(f"{file}: cannot be unpacked ({error}); download or make it again") from error
+        table = read_feather(file, columns, content)
+        if table.num_rows != rows:
+            raise DataError(f"{file}: has {table.num_rows} rows, expected {rows}; is it of this sweep and these masks?")
+        return table
+
+    def mask(self, pair: SweepPair) -> torch.Tensor:
+        """(N0,) bool: the points of a pair that the 2023 challenge scores, where these are its masks."""
+        table = self.read(pair.log_id, str(pair.timestamp0_ns), ["mask"], len(pair.pc0))
+        return torch.from_numpy(table["mask"].to_numpy().astype(bool))
+
+
+class ChallengePredictions:
+    """Predictions on disk in the layout of either challenge, which their names tell: a folder, or a submission.
+
+    keys: the pairs of `dataset` that have one. masks: those of the 2023 challenge; None: made as av2 makes them.
+    """
+
+    def __init__(self, path: str | Path, dataset: Argoverse2Pairs, masks: ChallengeFiles | None = None):
+        self.files = ChallengeFiles(path)
+        self._mask = dataset.challenge_mask if masks is None else masks.mask
+        self._names = {}  # pair -> (log_id, name of the file)
+        is_numbered = all(len(name) == 10 for _, name in self.files.members)
+        self.challenge = 2024 if is_numbered else 2023
+        for key in dataset.keys:
+            number = f"{dataset.stamps[key.log_id].index(key.timestamp0_ns):010d}"
+            member = key.log_id, number if is_numbered else str(key.timestamp0_ns)
+            if member in self.files.members:
+                self._names[key] = member
+        self.keys = list(self._names)
+        if not self.keys:
+            raise DataError(
+                f"{path}: no prediction for any pair of the data; expected <log_id>/<timestamp0_ns>.feather (2023) or "
+                "<log_id>/<number of sweep 0, ten digits>.feather (2024)"
+            )
+
+    def __call__(self, pair: SweepPair) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Residual flow (N0, 3), 0 where nothing is said; and what the file says of is_dynamic (N0,), if anything.
+
+        A 2023 file says nothing of the points outside its mask.
+        """
+        residual = torch.zeros_like(pair.pc0)
+        if self.challenge == 2024:
+            table = self.files.read(*self._names[pair.key], [*FLOW_COLUMNS, "is_valid"], len(pair.pc0))
+            is_said, says_dynamic = torch.from_numpy(table["is_valid"].to_numpy().astype(bool)), None
+            residual[is_said] = torch.from_numpy(stack(table, FLOW_COLUMNS).astype(np.float32))[is_said]
+        else:
+            is_said = self._mask(pair)
+            if is_said is None:
+                raise DataError(
+                    f"{self.files.path}: which points are these? The log has no ground raster: give the masks"
+                )
+            table = self.files.read(*self._names[pair.key], [*FLOW_COLUMNS, "is_dynamic"], int(is_said.sum()))
+            total, says_dynamic = torch.zeros_like(residual), torch.zeros_like(is_said)
+            total[is_said] = torch.from_numpy(stack(table, FLOW_COLUMNS).astype(np.float32))
+            says_dynamic[is_said] = torch.from_numpy(table["is_dynamic"].to_numpy().astype(bool))
+            residual[is_said] = residual_flow(total, pair)[is_said]
+        return residual, says_dynamic
+
+
 # --- Reading a log ---------------------------------------------------------------------------------------------------
 
 
@@ -486,12 +641,15 @@ def _read_boxes(file: Path) -> dict[int, list[Box]]:
     return boxes
 
 
-def read_feather(file: Path, columns: list[str]) -> pyarrow.Table:
-    """A Feather file that has these columns. Raises DataError naming the file and the way out."""
-    if not file.exists():
+def read_feather(file: Path, columns: list[str], source: pyarrow.NativeFile | None = None) -> pyarrow.Table:
+    """A Feather file that has these columns; source: its content, where it lies in an archive.
+
+    Raises DataError naming the file and the way out.
+    """
+    if source is None and not file.exists():
         raise DataError(f"{file}: no such file; download the log again or remove it")
     try:
-        table = feather.read_table(file, memory_map=False)
+        table = feather.read_table(source or file, memory_map=False)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{file}: not a whole Feather file ({error}); download or make it again") from error
     missing = sorted(set(columns) - set(table.column_names))

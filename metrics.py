@@ -1,12 +1,25 @@
-"""The metrics: which points count in which group, and end-point errors by group.
+"""The metrics: every number that papers on Argoverse 2 scene flow print, by a name that says how it is defined.
 
-"Three-way EPE" means different things in the field: always the mean of three groups' mean end-point errors, so that the
-many points that stand still do not drown the few that move, but over different points and groups. Two of them, by name:
-  grid   the project's own yardstick: every point that is not ground and in the student's grid
-  paper  ZeroFlow's published numbers
+Errors are of flow estimated for the points of sweep 0, in metres; row i of everything is point i, in the ego frame of
+sweep 0. "Three-way EPE" is always the mean of three groups' mean end-point errors, so that the many points that stand
+still do not drown the few that move. But the field has three of it, over different points and groups:
 
-End-point error is the length in metres of (estimated - true) residual flow; row i of everything is point i of sweep 0,
-in the ego frame of sweep 0. This file needs torch, and none of its siblings.
+  name            points                                        foreground            what moves
+  paper           not ground, in the grid, |x|, |y| <= 35 m     pedestrians, vehicles 0.5 m/s or more
+  av2             of the 2023 challenge's mask, flow valid      every label           av2's label: 5 cm or more
+  three_way_2024  |x|, |y| < 35 m, |z| < 2.5 m, not ground,     pedestrians, wheeled, 5 cm or more
+                  flow valid                                    cars, other vehicles
+  grid            not ground, in the student's grid             every label           av2's label
+
+`paper` is what ZeroFlow's published code computes (its background includes signs and cones, and it keeps points whose
+object is gone in sweep 1); `av2` is `av2.evaluation.scene_flow.eval` of the av2 package, on raw flow; `three_way_2024`
+and `bucketed` are those of the 2024 challenge, Khatri et al., "I Can't Believe It's Not Scene Flow!" (ECCV 2024);
+`grid` is this project's own yardstick. All but av2's are of residual flow, for which only its relative accuracy and
+angle differ: a rigid motion changes no distance.
+
+Use `Scores`: `add` one sweep after the other, then `numbers`. Sums are float64, so means pool all points exactly,
+however many sweeps. A group without points is NaN, never 0, and stays out of means.
+This file needs torch, and none of its siblings.
 """
 
 from __future__ import annotations
@@ -16,15 +29,58 @@ from collections.abc import Sequence
 import torch
 
 FD, FS, BS, NOT_COUNTED = 0, 1, 2, -1  # foreground dynamic, foreground static, background static
+GROUPS = ("fd", "fs", "bs")
 SWEEPS_PER_S = 10.0  # the nominal rate: speeds are 10 · displacement, whatever the pair's own time difference
+DYNAMIC_M = 0.05  # an estimate that moves farther says "dynamic"
+NEAR_M = 35.0  # everywhere in the field: |x| and |y|
 
-_PEDESTRIANS = "PEDESTRIAN STROLLER WHEELCHAIR OFFICIAL_SIGNALER".split()
-_SMALL_VEHICLES = "BICYCLE BICYCLIST MOTORCYCLE MOTORCYCLIST WHEELED_DEVICE WHEELED_RIDER".split()
-_LARGE_VEHICLES = (
-    "ARTICULATED_BUS BOX_TRUCK BUS LARGE_VEHICLE RAILED_VEHICLE REGULAR_VEHICLE SCHOOL_BUS TRUCK TRUCK_CAB "
-    "VEHICULAR_TRAILER TRAFFIC_LIGHT_TRAILER MESSAGE_BOARD_TRAILER"
-).split()
-_PAPER_MOVERS = {*_PEDESTRIANS, *_SMALL_VEHICLES, *_LARGE_VEHICLES}
+# The classes of the 2024 challenge, whose names they are; the rest (signs, animals) is in none of them.
+CLASSES = {
+    "background": "NONE",
+    "car": "REGULAR_VEHICLE",
+    "pedestrian": "PEDESTRIAN STROLLER WHEELCHAIR OFFICIAL_SIGNALER",
+    "wheeled_vru": "BICYCLE BICYCLIST MOTORCYCLE MOTORCYCLIST WHEELED_DEVICE WHEELED_RIDER",
+    "other_vehicles": (
+        "ARTICULATED_BUS BOX_TRUCK BUS LARGE_VEHICLE RAILED_VEHICLE SCHOOL_BUS TRUCK TRUCK_CAB VEHICULAR_TRAILER"
+    ),
+}
+UNCLASSED = len(CLASSES)
+# The paper's movers are the same but for two trailers, its background is what does not move by itself.
+_PAPER_MOVERS = {"TRAFFIC_LIGHT_TRAILER", "MESSAGE_BOARD_TRAILER"}.union(
+    *(names.split() for label, names in CLASSES.items() if label != "background")
+)
+
+PAPER_SPEEDS = {"below_0.5_mps": 0.0, "0.5_to_2_mps": 0.5, "above_2_mps": 2.0}  # name: lowest, of residual flow
+RINGS_M = (0, 10, 20, 30, 40)  # of max(|x|, |y|), each up to the next, the last up to the grid's border
+BUCKET_M = 0.04  # the 2024 challenge's buckets of motion a sweep: fifty of this width, and one for 2 m or more
+BUCKETS = 51
+
+
+# --- Points ----------------------------------------------------------------------------------------------------------
+
+
+def point_scores(estimate: torch.Tensor, flow: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What is averaged, for each point of estimated and true flow (N, 3), as av2 defines it: name -> (N,).
+
+    epe: the end-point error in metres. acc_strict, acc_relaxed: is it below 5 (10) cm, or below 5 (10) % of the flow?
+    angle_error_rad: between the space-time vectors (flow, 0.1 s), which have an angle where nothing moves, too.
+    """
+    difference = estimate - flow
+    error, length, true_length = (x.norm(dim=1) for x in (difference, estimate, flow))
+    tolerance = true_length.clamp(min=1)  # a share counts only where it allows more than metres do
+    # For vectors (f, t), (g, t), |a| |b| sin is sqrt(|f x g|² + t² |f - g|²): exact for small angles, as acos is not.
+    time_s = 1 / SWEEPS_PER_S
+    sine = (torch.linalg.cross(difference, flow).norm(dim=1) ** 2 + (time_s * error) ** 2).sqrt()  # f x f is 0
+    cosine = (length**2 + true_length**2 - error**2) / 2 + time_s**2
+    return {
+        "epe": error,
+        "acc_strict": error < 0.05 * tolerance,
+        "acc_relaxed": error < 0.1 * tolerance,
+        "angle_error_rad": torch.atan2(sine, cosine),
+    }
+
+
+# --- Groups ----------------------------------------------------------------------------------------------------------
 
 
 def grid_groups(category: torch.Tensor, is_dynamic: torch.Tensor, is_input: torch.Tensor) -> torch.Tensor:
@@ -50,34 +106,213 @@ def paper_groups(
     )
     is_fast = SWEEPS_PER_S * flow.norm(dim=1) >= 0.5
     groups = torch.where(is_mover, torch.where(is_fast, FD, FS), BS)
-    is_near = (points[:, :2].abs() <= 35).all(dim=1)
+    is_near = (points[:, :2].abs() <= NEAR_M).all(dim=1)
     return torch.where(is_input & is_near & ~is_animal, groups, NOT_COUNTED)
 
 
-class ThreeWayEPE:
-    """End-point error (metres) by group, summed exactly over any number of sweeps."""
+def is_scored_2024(points: torch.Tensor, is_ground: torch.Tensor, is_valid: torch.Tensor) -> torch.Tensor:
+    """(N,) bool: what the 2024 challenge looks at, near or far. points (N, 3); ground by ZeroFlow's rule (0.40 m)."""
+    return ~is_ground & is_valid & (points.abs() < points.new_tensor([48, 48, 2.5])).all(dim=1)
 
-    def __init__(self) -> None:
-        self.sums = torch.zeros(3, dtype=torch.float64)
-        self.counts = torch.zeros(3, dtype=torch.float64)
 
-    def add(self, error: torch.Tensor, groups: torch.Tensor) -> None:
-        """error (N,) metres; groups (N,) FD, FS, BS or NOT_COUNTED."""
-        is_counted = groups != NOT_COUNTED
-        self.sums += torch.bincount(groups[is_counted], error[is_counted].double(), minlength=3)
-        self.counts += torch.bincount(groups[is_counted], minlength=3)
+class GroupMeans:
+    """Means of named values in groups, numbered along some axes, over any number of sweeps."""
 
-    @property
-    def epe(self) -> float:
-        """Mean over all points, whatever their group; NaN without points."""
-        return (self.sums.sum() / self.counts.sum()).item()
+    def __init__(self, shape: Sequence[int], values: Sequence[str] = ("epe",)):
+        self.counts = torch.zeros(*shape, dtype=torch.float64)
+        self.sums = {name: torch.zeros_like(self.counts) for name in values}
 
-    @property
-    def parts(self) -> tuple[float, float, float]:
-        """Mean errors of FD, FS, BS; NaN for a group without points, never 0."""
-        return tuple((self.sums / self.counts).tolist())
+    def add(self, group: torch.Tensor, values: dict[str, torch.Tensor]) -> None:
+        """group (N,) int64, an index of the flattened groups or NOT_COUNTED; values (N,), of which ours are taken."""
+        bins, size = group + 1, self.counts.numel() + 1  # bin 0 takes what does not count
+        self.counts += torch.bincount(bins, minlength=size)[1:].view_as(self.counts)
+        for name, total in self.sums.items():
+            total += torch.bincount(bins, values[name].double(), minlength=size)[1:].view_as(total)
 
-    @property
-    def three_way(self) -> float:
-        """Mean over the groups that have points."""
-        return (self.sums / self.counts).nanmean().item()
+    def mean(self, name: str = "epe", over: Sequence[int] = ()) -> torch.Tensor:
+        """The means, with the groups along the axes `over` pooled; NaN for a group without points."""
+        if not over:
+            return self.sums[name] / self.counts
+        return self.sums[name].sum(dim=over) / self.counts.sum(dim=over)
+
+
+def three_way(means: torch.Tensor) -> dict[str, float]:
+    """Of the means (3,) of FD, FS, BS: their mean over the groups that have points, and each; keys to be prefixed."""
+    return {"": means.nanmean().item(), **{f"_{name}": mean.item() for name, mean in zip(GROUPS, means, strict=True)}}
+
+
+# --- Sweeps ----------------------------------------------------------------------------------------------------------
+
+
+class Scores:
+    """All metrics of one method, over any number of sweeps."""
+
+    def __init__(self, names: Sequence[str]):
+        """names: Argoverse 2's categories, in the order of their numbers, the background first."""
+        self.names = names
+        members = [names_of.split() for names_of in CLASSES.values()]
+        class_of = {name: label for label, group in enumerate(members) for name in group}
+        self.class_of = torch.tensor([class_of.get(name, UNCLASSED) for name in names])
+        every = ("epe", "acc_strict", "acc_relaxed", "angle_error_rad")
+        self.all = GroupMeans([1])
+        self.grid = GroupMeans([3], every)
+        self.paper = GroupMeans([3])
+        self.av2 = GroupMeans([2, 2, 2], every)  # foreground or not, dynamic or not, close or far
+        self.three_way_2024 = GroupMeans([2, 3])  # near or far; FD, FS, BS
+        self.bucketed = GroupMeans([2, len(CLASSES), BUCKETS], ("epe", "speed"))  # near or far
+        self.by_class = GroupMeans([len(CLASSES) + 1, len(PAPER_SPEEDS), 2], ("epe", "below_5_cm", "below_10_cm"))
+        self.by_ring = GroupMeans([3, len(RINGS_M)])
+        self.confusion = {
+            name: torch.zeros(2, 2, dtype=torch.float64) for name in ("grid", "av2")
+        }  # truly dynamic, said to be
+        self.pair_three_ways: list[float] = []  # grid, of each sweep alone
+
+    def add(
+        self,
+        estimate: torch.Tensor,
+        flow: torch.Tensor,
+        points: torch.Tensor,
+        category: torch.Tensor,
+        is_dynamic: torch.Tensor,
+        is_valid: torch.Tensor,
+        is_ground: torch.Tensor,
+        is_input: torch.Tensor,
+        raw: tuple[torch.Tensor, torch.Tensor] | None = None,
+        is_in_mask: torch.Tensor | None = None,
+        says_dynamic: torch.Tensor | None = None,
+    ) -> None:
+        """One sweep of N points: estimated and true residual flow, and where they were, (N, 3); category (N,) uint8.
+
+        Masks (N,) bool: is_dynamic, av2's label; is_valid: the true flow is known; is_ground by ZeroFlow's rule;
+        is_input: not ground and in the student's grid. raw: estimated and true flow with ego-motion, and is_in_mask,
+        the 2023 challenge's points: without both, the av2 numbers stay NaN. says_dynamic: the method's own word;
+        else, that its estimate is longer than 5 cm.
+        """
+        scores = point_scores(estimate, flow)
+        speed = flow.norm(dim=1)
+        scores |= {"speed": speed, "below_5_cm": scores["epe"] < 0.05, "below_10_cm": scores["epe"] < 0.1}
+        distance = points[:, :2].abs().amax(dim=1)
+        label = self.class_of[category.long()]
+        if says_dynamic is None:
+            says_dynamic = estimate.norm(dim=1) > DYNAMIC_M
+
+        self.all.add(torch.where(is_valid & points.isfinite().all(dim=1), 0, NOT_COUNTED), scores)
+        groups = grid_groups(category, is_dynamic, is_input)
+        self.grid.add(groups, scores)
+        self._confuse("grid", is_input, is_dynamic, says_dynamic)
+        alone = GroupMeans([3])
+        alone.add(groups, scores)
+        self.pair_three_ways.append(three_way(alone.mean())[""])
+        self.paper.add(paper_groups(points, flow, category, is_input, self.names), scores)
+
+        ring = torch.bucketize(distance, points.new_tensor(RINGS_M[1:]), right=True)
+        self.by_ring.add(torch.where(is_input, groups * len(RINGS_M) + ring, NOT_COUNTED), scores)
+        lowest = torch.tensor(list(PAPER_SPEEDS.values())[1:])
+        group = label * len(PAPER_SPEEDS) + torch.bucketize(SWEEPS_PER_S * speed, lowest, right=True)
+        self.by_class.add(torch.where(is_input, group * 2 + (distance > NEAR_M), NOT_COUNTED), scores)
+
+        is_far = (distance >= NEAR_M).long()
+        is_scored = is_scored_2024(points, is_ground, is_valid) & (label < UNCLASSED)
+        bucket = torch.bucketize(speed, torch.arange(1, BUCKETS) * BUCKET_M, right=True)
+        group = (is_far * len(CLASSES) + label) * BUCKETS + bucket
+        self.bucketed.add(torch.where(is_scored, group, NOT_COUNTED), scores)
+        group = is_far * 3 + torch.where(label > 0, torch.where(speed >= DYNAMIC_M, FD, FS), BS)
+        self.three_way_2024.add(torch.where(is_scored, group, NOT_COUNTED), scores)
+
+        if raw is not None and is_in_mask is not None:
+            is_scored = is_in_mask & is_valid
+            group = ((category == 0).long() * 2 + ~is_dynamic) * 2 + (distance > NEAR_M)
+            self.av2.add(torch.where(is_scored, group, NOT_COUNTED), point_scores(*raw))
+            self._confuse("av2", is_scored, is_dynamic, says_dynamic)
+
+    def _confuse(self, name: str, is_scored: torch.Tensor, is_dynamic: torch.Tensor, says: torch.Tensor) -> None:
+        self.confusion[name] += torch.bincount(is_dynamic * 2 + says, is_scored.double(), minlength=4).view(2, 2)
+
+    def numbers(self) -> dict[str, float]:
+        """Everything, flat: keys say the definition first. NaN where there was nothing to measure."""
+        result = {"epe": self.all.mean().item(), "points": int(self.grid.counts.sum())}
+        for name in self.grid.sums:
+            result[f"grid_{name}"] = self.grid.mean(name, over=[0]).item()
+        pair_mean = torch.tensor(self.pair_three_ways, dtype=torch.float64).nanmean().item()
+        result |= {"grid_three_way_pair_mean": pair_mean, "grid_dynamic_iou": self._dynamic_iou("grid")}
+        for name, means in {
+            "grid_three_way": self.grid.mean(),
+            "paper_three_way": self.paper.mean(),
+            "av2_three_way": self.av2.mean(over=[2])[[0, 0, 1], [0, 1, 1]],
+            "three_way_2024": self.three_way_2024.mean()[0],
+            "three_way_2024_all_distances": self.three_way_2024.mean(over=[0]),
+        }.items():
+            result |= {name + key: value for key, value in three_way(means).items()}
+        return result | self._av2_numbers() | self._bucketed_numbers() | self._breakdown()
+
+    def _dynamic_iou(self, name: str) -> float:
+        (_, false_positive), (false_negative, true_positive) = self.confusion[name]
+        return (true_positive / (true_positive + false_positive + false_negative)).item()
+
+    def _av2_numbers(self) -> dict[str, float]:
+        """av2's own table, without the background that moves, of which it has none."""
+        result = {"av2_dynamic_iou": self._dynamic_iou("av2")}
+        segments = {"foreground_dynamic": (0, 0), "foreground_static": (0, 1), "background_static": (1, 1)}
+        for name in self.av2.sums:
+            for segment, index in segments.items():
+                result[f"av2_{name}_{segment}"] = self.av2.mean(name, over=[2])[index].item()
+                for place, mean in zip(("close", "far"), self.av2.mean(name)[index], strict=True):
+                    result[f"av2_{name}_{segment}_{place}"] = mean.item()
+        return result
+
+    def _bucketed_numbers(self) -> dict[str, float]:
+        """The 2024 challenge: per class, error of the first bucket in metres, and of the others as a share of motion.
+
+        1.0 is no better than saying that nothing moves. The headline is bucketed_dynamic_mean.
+        """
+        result = {}
+        for place in ("", "_all_distances"):
+            near = self.bucketed.mean("epe")[0], self.bucketed.mean("speed")[0]
+            error, speed = (self.bucketed.mean(x, over=[0]) for x in ("epe", "speed")) if place else near
+            static, dynamic = error[:, 0], (error / speed)[:, 1:].nanmean(dim=1)  # (classes,)
+            for kind, values in (("static", static), ("dynamic", dynamic)):
+                result[f"bucketed_{kind}_mean{place}"] = values.nanmean().item()
+                for label, value in zip(CLASSES, values, strict=True):
+                    result[f"bucketed_{kind}_{label}{place}"] = value.item()
+        return result
+
+    def _breakdown(self) -> dict[str, float]:
+        """Grid points by class, speed and distance as in the paper's figures, and EPE by ring."""
+        result = {}
+        for i, label in enumerate((*CLASSES, "other")):
+            for j, speed in enumerate(PAPER_SPEEDS):
+                for k, place in enumerate(("close", "far", "")):
+                    where = slice(None) if place == "" else slice(k, k + 1)
+                    count = self.by_class.counts[i, j, where].sum()
+                    segment = "_".join(part for part in (label, speed, place) if part)
+                    result[f"grid_points_{segment}"] = int(count)
+                    for name, sums in self.by_class.sums.items():
+                        result[f"grid_{name}_{segment}"] = (sums[i, j, where].sum() / count).item()
+        for group, means in zip(GROUPS, self.by_ring.mean(), strict=True):
+            for inner, mean in zip(RINGS_M, means, strict=True):
+                result[f"grid_epe_{group}_from_{inner}_m"] = mean.item()
+        return result
+
+
+# --- What the paper printed ------------------------------------------------------------------------------------------
+
+# Three-way EPE (metres, `paper`) on Argoverse 2's whole validation split, and milliseconds a pair: Vedder et al., ICLR
+# 2024, from its tables and the authors' plotting constants. Nobody here has measured these.
+PAPER = {
+    "ZeroFlow 1x": (0.087, 29.33),
+    "ZeroFlow 3x": (0.066, 29.33),
+    "ZeroFlow 5x": (0.060, 29.33),
+    "FastFlow3D (human)": (0.076, 29.33),
+    "ZeroFlow XL 1x": (0.072, 260.6),
+    "ZeroFlow XL 3x": (0.056, 260.6),
+    "ZeroFlow XL 5x": (0.054, 260.6),
+    "FastFlow3D XL (human)": (0.058, 260.6),
+    "NSFP": (0.068, 26285.0),
+    "Chodosh et al.": (0.061, 35281.0),
+    "Gojcic et al.": (0.083, 6088.0),
+    "PPWC": (0.130, 79.0),
+    "Sim2Real": (0.157, 99.0),
+    "FlowStep3D": (0.161, 688.0),
+    "ICP": (0.204, 523.0),
+    "EgoFlow": (0.205, 2116.0),
+}

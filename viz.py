@@ -6,11 +6,14 @@ Sweep 0 is blue, sweep 1 orange, ground grey. Flow arrows are at true scale.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+import metrics
 from data import DYNAMIC_THRESHOLD_M, SweepPair
 
 SWEEP0, SWEEP1, GROUND = "tab:blue", "tab:orange", "0.8"
@@ -51,3 +54,96 @@ def draw_flow(ax: Axes, points: torch.Tensor, flow: torch.Tensor) -> None:
     is_moving = flow.norm(dim=1) >= DYNAMIC_THRESHOLD_M
     start, step = np.asarray(points[is_moving, :2]), np.asarray(flow[is_moving, :2])
     ax.quiver(*start.T, *step.T, color="tab:red", angles="xy", scale_units="xy", scale=1, width=0.003)
+
+
+# --- Errors ----------------------------------------------------------------------------------------------------------
+# `rows`: name of a method -> its numbers, as zeroflow.evaluate gives them.
+
+MOST_ERROR_M = 0.5  # where the colours of error maps end, so that maps can be compared
+
+
+def error_map_figure(pair: SweepPair, flow: torch.Tensor, is_input: torch.Tensor, title: str) -> Figure:
+    """The true flow, and beside it the end-point error of `flow` (N0, 3) at the points `is_input` (N0,)."""
+    figure = Figure(figsize=(12, 6), layout="compressed")
+    axes = figure.subplots(1, 2, sharex=True, sharey=True)
+    points, error = pair.pc0[is_input], (flow - pair.flow)[is_input].norm(dim=1)
+    draw_points(axes[0], points, SWEEP0, alpha=0.25)
+    draw_flow(axes[0], points, pair.flow[is_input])
+    axes[0].set_title("true residual flow")
+    order = error.argsort()  # large errors on top
+    dots = axes[1].scatter(
+        *points[order, :2].T,
+        s=2.0,
+        c=error[order],
+        cmap="viridis",
+        vmin=0,
+        vmax=MOST_ERROR_M,
+        linewidths=0,
+        rasterized=True,
+    )
+    axes[1].set_title("end-point error")
+    figure.colorbar(dots, ax=axes, label="m", extend="max", shrink=0.8)
+    half_m = float(points[:, :2].abs().max()) if len(points) else 1.0
+    for ax in axes:
+        ax.set(xlim=(-half_m, half_m), ylim=(-half_m, half_m), aspect="equal")
+        ax.plot(0, 0, marker=">", color="black")  # the ego
+    figure.suptitle(title)
+    figure.supxlabel("x, forward (m)")
+    figure.supylabel("y, left (m)")
+    return figure
+
+
+def error_by_speed_figure(rows: dict[str, dict[str, float]]) -> Figure:
+    """Mean end-point error by class and speed, points in the grid; a panel a method."""
+    speeds = {"below_0.5_mps": "below 0.5 m/s", "0.5_to_2_mps": "0.5 to 2 m/s", "above_2_mps": "above 2 m/s"}
+    figure = Figure(figsize=(9, 3.5 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    labels = list(metrics.CLASSES)
+    for ax, (name, numbers) in zip(axes, rows.items(), strict=True):
+        for i, (speed, text) in enumerate(speeds.items()):
+            heights = [numbers[f"grid_epe_{label}_{speed}"] for label in labels]
+            ax.bar(np.arange(len(labels)) + 0.27 * (i - 1), heights, width=0.25, label=text)
+        ax.set(
+            title=name, ylabel="EPE (m)", xticks=range(len(labels)), xticklabels=[x.replace("_", " ") for x in labels]
+        )
+        ax.grid(axis="y", alpha=0.3)
+    axes[0].legend(title="true speed")
+    return figure
+
+
+def error_by_distance_figure(rows: dict[str, dict[str, float]]) -> Figure:
+    """Mean end-point error by distance from the ego, a panel for each group of the grid's three-way."""
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    axes = figure.subplots(1, 3)
+    titles = {"fd": "foreground, dynamic", "fs": "foreground, static", "bs": "background"}
+    for ax, (group, title) in zip(axes, titles.items(), strict=True):
+        for name, numbers in rows.items():
+            errors = [numbers[f"grid_epe_{group}_from_{inner}_m"] for inner in metrics.RINGS_M]
+            ax.plot(metrics.RINGS_M, errors, marker="o", label=name)
+        ax.set(title=title, xlabel="max(|x|, |y|), from (m)", ylim=(0, None))
+        ax.set_xticks(metrics.RINGS_M)
+        ax.grid(alpha=0.3)
+    axes[0].set_ylabel("EPE (m)")
+    axes[0].legend()
+    return figure
+
+
+def error_against_time_figure(rows: dict[str, dict[str, float]]) -> Figure:
+    """Three-way EPE (`paper`) against seconds a pair: the paper's methods, on its data and GPU, and `rows`."""
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    ax = figure.subplots()
+    by_error = sorted(metrics.PAPER.items(), key=lambda row: row[1][::-1])
+    for i, (name, (error, ms)) in enumerate(by_error):  # names left and right in turn, since some lie close
+        ax.plot(ms / 1e3, error, marker="o", color="0.5", linestyle="")
+        side = {"xytext": (6, -3)} if i % 2 else {"xytext": (-6, -3), "ha": "right"}
+        ax.annotate(name, (ms / 1e3, error), textcoords="offset points", color="0.4", fontsize=8, **side)
+    for name, numbers in rows.items():
+        seconds = numbers["seconds_per_pair"]
+        if not math.isnan(seconds):
+            ax.plot(max(seconds, 4e-3), numbers["paper_three_way"], marker="*", markersize=14, linestyle="", label=name)
+    ax.set(xscale="log", xlim=(3e-3, 300), xlabel="seconds a pair", ylabel="three-way EPE (m)", ylim=(0, None))
+    ax.set_title("grey: the paper's, Argoverse 2's validation split on its GPU; stars: measured here")
+    ax.grid(alpha=0.3, which="both")
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend()
+    return figure

@@ -29,9 +29,11 @@ import sys
 import time
 import traceback
 import uuid
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow
@@ -63,9 +65,6 @@ class Label:
     settings: dict
     loss: float
     seconds: float
-
-
-_FLOW_COLUMNS = ("flow_tx_m", "flow_ty_m", "flow_tz_m")
 
 
 def make_labels(pairs: Sequence[SweepPair], settings: nsfp.NSFPSettings, device: str = "cpu") -> list[Label]:
@@ -111,7 +110,7 @@ def label_path(labels: str | Path, key: PairKey) -> Path:
 
 def write_label(labels: str | Path, label: Label) -> Path:
     """Write <labels>/<log_id>/<timestamp0_ns>.feather, whole or not at all. Flow is float16: 0.5 mm steps under 2 m."""
-    columns = {name: label.flow[:, i].numpy().astype(np.float16) for i, name in enumerate(_FLOW_COLUMNS)}
+    columns = {name: label.flow[:, i].numpy().astype(np.float16) for i, name in enumerate(data.FLOW_COLUMNS)}
     about = {
         **label.key._asdict(),
         "num_points": len(label.flow),
@@ -138,7 +137,7 @@ def read_label(labels: str | Path, key: PairKey, num_points: int | None = None) 
     if not path.exists():
         raise DataError(f"{path}: no label for this pair; make it with `python zeroflow.py label`")
     remedy = "delete the file and run `python zeroflow.py label` again"
-    table = data.read_feather(path, [*_FLOW_COLUMNS, "has_flow"])
+    table = data.read_feather(path, [*data.FLOW_COLUMNS, "has_flow"])
     try:
         about = json.loads(table.schema.metadata[b"zeroflow"])
         found = PairKey(about["log_id"], about["timestamp0_ns"], about["timestamp1_ns"])
@@ -153,7 +152,7 @@ def read_label(labels: str | Path, key: PairKey, num_points: int | None = None) 
         raise DataError(f"{path}: is the label of {tuple(found)}, not of {tuple(key)}; {remedy}")
     if num_points is not None and num_points != table.num_rows:
         raise DataError(f"{path}: has {table.num_rows} rows, its sweep has {num_points} points; {remedy}")
-    flow = torch.from_numpy(data.stack(table, _FLOW_COLUMNS).astype(np.float32))
+    flow = torch.from_numpy(data.stack(table, data.FLOW_COLUMNS).astype(np.float32))
     has_flow = torch.from_numpy(table["has_flow"].to_numpy())
     return Label(key, flow, has_flow, about["settings"], loss, seconds)
 
@@ -503,54 +502,70 @@ def distillation_loss(
 
 # --- The evaluation --------------------------------------------------------------------------------------------------
 
-Estimator = Callable[[SweepPair], tuple[torch.Tensor, float]]  # pair -> residual flow (N0, 3) on the CPU, seconds
+
+class Estimate(NamedTuple):
+    """Of one pair: residual flow (N0, 3) on the CPU, the seconds it took, and what moves (N0,) if a method says so."""
+
+    flow: torch.Tensor
+    seconds: float
+    is_dynamic: torch.Tensor | None = None
+
+
+Estimator = Callable[[SweepPair], Estimate]
 Student = fastflow3d.FastFlow3D | fastflow3d.FastFlow3DInference
 
 
-def evaluate(dataset: Sequence[SweepPair], estimator: Estimator) -> dict[str, float]:
-    """Every metric over a data set with true flow, as a flat dictionary; metres and seconds.
+def evaluate(
+    dataset: Sequence[SweepPair],
+    estimator: Estimator,
+    challenge_mask: Callable[[SweepPair], torch.Tensor | None] | None = None,
+    pair_three_ways: list[float] | None = None,
+) -> dict[str, float]:
+    """Every metric of metrics.py over a data set with true flow, as a flat dictionary; metres and seconds.
 
-    grid_epe, grid_three_way (and its parts _fd, _fs, _bs) pool all points; grid_three_way_pair_mean is the mean over
-    pairs of each pair's own, where a sweep with one big car near by counts no more than another. paper_three_way (with
-    parts) is the published definition. seconds_per_pair is the median. Raises DataError where a pair has no true flow.
+    Means pool all points. grid_three_way_pair_mean is the mean over pairs of each pair's own, where a sweep with one
+    big car near by counts no more than another; the list `pair_three_ways` is given each of them. challenge_mask: the
+    (N0,) points of the 2023 challenge, without which the av2 numbers are NaN. seconds_per_pair is the median.
+    Raises DataError where a pair has no true flow.
     """
-    grid, paper = metrics.ThreeWayEPE(), metrics.ThreeWayEPE()
-    pair_three_ways, seconds = [], []
+    scores, seconds = metrics.Scores(data.CATEGORIES), []
     for index in tqdm(range(len(dataset)), desc="evaluate", unit="pair", disable=len(dataset) < 2):
         pair = dataset[index]
         if pair.flow is None:
             raise DataError(f"{pair.key}: no true flow to compare with; evaluate a split that has annotations.feather")
-        flow, pair_seconds = estimator(pair)
-        error = (flow - pair.flow).norm(dim=1)
-        is_input, _ = input_masks(pair)
-        in_grid = metrics.grid_groups(pair.category, pair.is_dynamic, is_input)
-        alone = metrics.ThreeWayEPE()
-        grid.add(error, in_grid)
-        alone.add(error, in_grid)
-        paper.add(error, metrics.paper_groups(pair.pc0, pair.flow, pair.category, is_input, data.CATEGORIES))
-        pair_three_ways.append(alone.three_way)
-        seconds.append(pair_seconds)
-    result = {"pairs": len(seconds), "points": int(grid.counts.sum()), "grid_epe": grid.epe}
-    for name, metric in (("grid_three_way", grid), ("paper_three_way", paper)):
-        result |= {
-            name: metric.three_way,
-            **dict(zip((f"{name}_{g}" for g in ("fd", "fs", "bs")), metric.parts, strict=True)),
-        }
-    result["grid_three_way_pair_mean"] = torch.tensor(pair_three_ways, dtype=torch.float64).nanmean().item()
-    return result | {"seconds_per_pair": float(np.median(seconds))}
+        estimate = Estimate(*estimator(pair))
+        mask = challenge_mask(pair) if challenge_mask else None
+        scores.add(
+            estimate.flow,
+            pair.flow,
+            points=pair.pc0,
+            category=pair.category,
+            is_dynamic=pair.is_dynamic,
+            is_valid=pair.is_valid,
+            is_ground=pair.is_ground0,
+            is_input=input_masks(pair)[0],
+            raw=None if mask is None else [data.total_flow(flow, pair) for flow in (estimate.flow, pair.flow)],
+            is_in_mask=mask,
+            says_dynamic=estimate.is_dynamic,
+        )
+        seconds.append(estimate.seconds)
+    if pair_three_ways is not None:
+        pair_three_ways += scores.pair_three_ways
+    return {"pairs": len(seconds)} | scores.numbers() | {"seconds_per_pair": float(np.median(seconds))}
 
 
 def timed(estimate: Callable[[SweepPair], torch.Tensor], warm_up: bool = False) -> Estimator:
     """Make an Estimator of a function, with its wall time (until the flow is back on the CPU)."""
     is_cold = warm_up
 
-    def estimator(pair: SweepPair) -> tuple[torch.Tensor, float]:
+    def estimator(pair: SweepPair) -> Estimate:
         nonlocal is_cold
         if is_cold:
             estimate(pair)
             is_cold = False
         start = time.perf_counter()
-        return estimate(pair).cpu(), time.perf_counter() - start
+        flow = estimate(pair).cpu()  # on a GPU, the time until the flow has come back
+        return Estimate(flow, time.perf_counter() - start)
 
     return estimator
 
@@ -576,9 +591,9 @@ BASELINES = {"no-motion": no_motion, "nearest": nearest_neighbour}
 def from_labels(labels: str | Path) -> Estimator:
     """The flow of a label folder, with the seconds it once took."""
 
-    def estimator(pair: SweepPair) -> tuple[torch.Tensor, float]:
+    def estimator(pair: SweepPair) -> Estimate:
         label = read_label(labels, pair.key, len(pair.pc0))
-        return label.flow, label.seconds
+        return Estimate(label.flow, label.seconds)
 
     return estimator
 
@@ -586,10 +601,20 @@ def from_labels(labels: str | Path) -> Estimator:
 def from_teacher(settings: nsfp.NSFPSettings, device: str = "cpu") -> Estimator:
     """The teacher itself, run anew on every pair."""
 
-    def estimator(pair: SweepPair) -> tuple[torch.Tensor, float]:
+    def estimator(pair: SweepPair) -> Estimate:
         label = make_labels([pair], settings, device)[0]
         check_label(label)
-        return label.flow, label.seconds
+        return Estimate(label.flow, label.seconds)
+
+    return estimator
+
+
+def from_predictions(predictions: data.ChallengePredictions) -> Estimator:
+    """Flow out of a challenge's files, which do not say how long it took."""
+
+    def estimator(pair: SweepPair) -> Estimate:
+        flow, is_dynamic = predictions(pair)
+        return Estimate(flow, math.nan, is_dynamic)
 
     return estimator
 
@@ -617,6 +642,87 @@ def table(rows: dict[str, dict[str, float]]) -> str:
         cells = [f"{row[key]:11.4f}" for key in columns.values()]
         lines.append(" ".join([f"{name:<{width}}", *cells, f"{1e3 * row['seconds_per_pair']:11.1f}"]))
     return "\n".join(lines)
+
+
+def report(numbers: dict[str, float]) -> str:
+    """The numbers of one result of `evaluate` by definition, and by class and speed, as tables to read."""
+
+    def cells(*keys: str) -> str:
+        return " ".join(f"{numbers[key]:9.4f}" for key in keys)
+
+    lines = [f"{'three-way EPE, by definition':38} {'mean':>9} {'FD':>9} {'FS':>9} {'BS':>9}"]
+    for name, what in {
+        "grid_three_way": "grid: this project's",
+        "paper_three_way": "paper: ZeroFlow's published code",
+        "av2_three_way": "av2: the 2023 challenge",
+        "three_way_2024": "three_way_2024: within 35 m",
+        "three_way_2024_all_distances": "... at all distances",
+    }.items():
+        lines.append(f"{what:38} {cells(name, *(f'{name}_{group}' for group in metrics.GROUPS))}")
+    lines += ["", f"{'all groups':38} {'EPE':>9} {'AccS':>9} {'AccR':>9} {'angle':>9} {'dyn. IoU':>9}"]
+    quality = ("epe", "acc_strict", "acc_relaxed", "angle_error_rad")
+    lines.append(f"{'every point with a true flow':38} {cells('epe')}")
+    lines.append(f"{'grid':38} {cells(*(f'grid_{name}' for name in quality), 'grid_dynamic_iou')}")
+    for segment in ("foreground_dynamic", "foreground_static", "background_static"):
+        keys = [f"av2_{name}_{segment}" for name in quality]
+        lines.append(f"{'av2: ' + segment.replace('_', ' '):38} {cells(*keys)}")
+    lines.append(f"{'av2: all':38} {' ' * 39} {cells('av2_dynamic_iou')}")
+    speeds = list(metrics.PAPER_SPEEDS)
+    head = " ".join(f"{name:>9}" for name in ("<.5 m/s", ".5-2", ">2 m/s", "static", "dynamic"))
+    lines += ["", f"{'by class':24} {'points':>13} {head}   (EPE in the grid by speed; 2024's bucketed)"]
+    for label in (*metrics.CLASSES, "other"):
+        count = sum(numbers[f"grid_points_{label}_{speed}"] for speed in speeds)
+        bucketed = [f"bucketed_{kind}_{label}" for kind in ("static", "dynamic")] if label != "other" else []
+        by_speed = cells(*(f"grid_epe_{label}_{speed}" for speed in speeds), *bucketed)
+        lines.append(f"{label.replace('_', ' '):24} {count:13} {by_speed}")
+    means = cells("bucketed_static_mean", "bucketed_dynamic_mean")
+    lines.append(f"{'mean of classes':24} {' ' * 43} {means}   (m; share of the motion: 1 is no better than none)")
+    return "\n".join(lines).replace("      nan", "        -")
+
+
+AV2_VAL_LOGS = 150  # in the Sensor data set's validation split, on which the paper reports
+
+
+def beside_the_paper(name: str, numbers: dict[str, float]) -> str:
+    """The paper's methods and this one, by paper_three_way: a table to read."""
+    ours = {name: (numbers["paper_three_way"], 1e3 * numbers["seconds_per_pair"])}
+    lines = ["", f"{'the paper, same split; * measured here':40} {'3-way':>9} {'ms a pair':>10}"]
+    for method, (error, ms) in sorted((metrics.PAPER | ours).items(), key=lambda row: row[1][0]):
+        lines.append(f"{method + ' *' * (method in ours):40} {error:9.4f} {ms:10.1f}")
+    return "\n".join(lines)
+
+
+def write_submission(
+    file: Path,
+    dataset: data.Argoverse2Pairs,
+    estimator: Estimator,
+    challenge: int,
+    masks: data.ChallengeFiles | None = None,
+    is_supervised: bool = False,
+) -> int:
+    """Write the zip that a challenge (2023 or 2024) takes, whole or not at all. Returns the number of pairs in it.
+
+    masks: the 2023 challenge's, which then say which pairs and points it scores; None: both as av2's tools choose them.
+    Raises DataError where a pair that is scored cannot be estimated: a submission that lacks one is refused.
+    """
+    members = data.challenge_members(dataset, challenge)
+    if masks is not None:
+        stamps = {(key.log_id, str(key.timestamp0_ns)): key for key in dataset.keys}
+        members = {f"{log_id}/{name}.feather": stamps.get((log_id, name)) for log_id, name in masks.members}
+    index_of = {key: index for index, key in enumerate(dataset.keys)}
+    lost = [name for name, key in members.items() if key not in index_of]
+    if lost:
+        raise DataError(f"{lost[0]}: the challenge scores it, but it is no pair of the data ({len(lost)} such)")
+    with atomic_file(file) as out, zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+        if challenge == 2024:
+            archive.writestr("metadata.json", json.dumps({"Is Supervised?": is_supervised}))
+        for name, key in tqdm(members.items(), desc="submit", unit="pair"):
+            pair = dataset[index_of[key]]
+            mask = None if challenge == 2024 else masks.mask(pair) if masks else dataset.challenge_mask(pair)
+            if challenge == 2023 and mask is None:
+                raise DataError(f"{key.log_id}: no ground raster to make a mask of; give --masks")
+            archive.writestr(name, data.challenge_file(pair, estimator(pair).flow, challenge, mask))
+    return len(members)
 
 
 # --- Use -------------------------------------------------------------------------------------------------------------
@@ -664,7 +770,7 @@ def write_flow(path: Path, flow: torch.Tensor, has_flow: torch.Tensor) -> None:
         if path.suffix == ".npz":
             np.savez(file, flow=flow.numpy(), has_flow=has_flow.numpy())
         else:
-            columns = {name: flow[:, i].numpy() for i, name in enumerate(_FLOW_COLUMNS)}
+            columns = {name: flow[:, i].numpy() for i, name in enumerate(data.FLOW_COLUMNS)}
             feather.write_feather(pyarrow.table({**columns, "has_flow": has_flow.numpy()}), file)
 
 
@@ -783,32 +889,85 @@ def open_and_tell(path: str, true_flow: bool = True) -> data.Argoverse2Pairs:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
+    estimator = None if arguments.predictions else _chosen_estimator(arguments)
+    dataset, masks = open_and_tell(arguments.data), _masks(arguments)
+    if arguments.predictions:
+        predictions = data.ChallengePredictions(arguments.predictions, dataset, masks)
+        print(f"{arguments.predictions}: {len(predictions.keys)} of {len(dataset)} pairs, challenge of", end=" ")
+        print(f"{predictions.challenge}; what it does not say counts as not moving")
+        dataset.keys = predictions.keys
+        estimator = from_predictions(predictions)
+    mask = masks.mask if masks else getattr(dataset, "challenge_mask", None)
+    pair_three_ways = []
+    result = evaluate(dataset, estimator, mask, pair_three_ways)
+    name = next(str(value) for value in (getattr(arguments, source) for source in SOURCES) if value)
+    print(table({name: result}), report(result), sep="\n\n")
+    if Path(arguments.data).name == "val" and len(dataset.stamps) == AV2_VAL_LOGS:
+        print(beside_the_paper(name, result))
+    if arguments.json:
+        with atomic_file(Path(arguments.json)) as file:
+            known = {key: None if math.isnan(value) else value for key, value in result.items()}  # JSON has no NaN
+            file.write(json.dumps(known, indent=2).encode())
+    if arguments.figures:
+        _draw_figures(arguments.figures, dataset, estimator, name, result, pair_three_ways)
+    return 0
+
+
+SOURCES = ("checkpoint", "labels", "teacher", "baseline", "predictions")
+
+
+def _masks(arguments: argparse.Namespace) -> data.ChallengeFiles | None:
+    return data.ChallengeFiles(arguments.masks) if arguments.masks else None
+
+
+def _chosen_estimator(arguments: argparse.Namespace) -> Estimator:
+    """What --checkpoint, --labels, --teacher or --baseline names."""
     check_device(arguments.device)
     settings = chosen_settings(arguments, nsfp.TEACHERS[arguments.teacher or "fast"])
     if not arguments.teacher and settings != nsfp.TEACHERS["fast"]:
         raise DataError("settings of a teacher were given without --teacher")
     if arguments.dtype != "float32" and not arguments.checkpoint:
         raise DataError("--dtype: is the student's; give its --checkpoint")
-    dataset = open_and_tell(arguments.data)
     if arguments.checkpoint:
-        estimator = from_student(_load_student(arguments))
-    elif arguments.labels:
-        estimator = from_labels(arguments.labels)
-    elif arguments.teacher:
+        return from_student(_load_student(arguments))
+    if arguments.labels:
+        return from_labels(arguments.labels)
+    if arguments.teacher:
         print(f"settings: {settings}")
         torch.set_num_threads(1)
-        estimator = from_teacher(settings, arguments.device)
-    else:
-        estimator = timed(BASELINES[arguments.baseline])
-    result = evaluate(dataset, estimator)
-    name = next(
-        str(value) for value in (arguments.checkpoint, arguments.labels, arguments.teacher, arguments.baseline) if value
-    )
-    print(table({name: result}))
-    if arguments.json:
-        with atomic_file(Path(arguments.json)) as file:
-            known = {key: None if math.isnan(value) else value for key, value in result.items()}  # JSON has no NaN
-            file.write(json.dumps(known, indent=2).encode())
+        return from_teacher(settings, arguments.device)
+    return timed(BASELINES[arguments.baseline])
+
+
+def _draw_figures(folder: Path, dataset, estimator: Estimator, name: str, result: dict, pair_three_ways: list) -> None:
+    """Error by speed and distance, error against time, and the worst and the median pair (by grid three-way)."""
+    import viz  # matplotlib is loaded only when a picture is asked for
+
+    figures = {
+        "error_by_speed": viz.error_by_speed_figure({name: result}),
+        "error_by_distance": viz.error_by_distance_figure({name: result}),
+        "error_against_time": viz.error_against_time_figure({name: result}),
+    }
+    order = [index for index in np.argsort(pair_three_ways) if not math.isnan(pair_three_ways[index])]  # best first
+    for place, index in {"median": order[len(order) // 2], "worst": order[-1]}.items() if order else ():
+        pair = dataset[index]
+        title = f"the {place} pair: {pair.log_id}, {pair.timestamp0_ns}; grid 3-way {pair_three_ways[index]:.3f} m"
+        figures[f"{place}_pair"] = viz.error_map_figure(pair, estimator(pair).flow, input_masks(pair)[0], title)
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, figure in figures.items():
+        figure.savefig(folder / f"{file}.png", dpi=120)
+    print(f"figures: {folder}/" + ".png, ".join(figures) + ".png")
+
+
+def _submit(arguments: argparse.Namespace) -> int:
+    if arguments.out.suffix != ".zip":
+        raise DataError(f"{arguments.out}: choose a name that ends in .zip")
+    if arguments.masks and arguments.challenge == 2024:
+        raise DataError("--masks: are of the 2023 challenge; that of 2024 scores every point")
+    estimator, masks = _chosen_estimator(arguments), _masks(arguments)
+    dataset = data.open_dataset(arguments.data, true_flow=False)
+    count = write_submission(arguments.out, dataset, estimator, arguments.challenge, masks, arguments.supervised)
+    print(f"{arguments.out}: {count} pairs for the challenge of {arguments.challenge}")
     return 0
 
 
@@ -905,16 +1064,36 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--price", type=float, default=0.0, help="dollars an hour of one worker (a core, or a GPU)")
     sub.add_argument("--json", metavar="FILE", help="write the counts, shards to run again and hours here")
 
+    def sources(sub: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
+        sub.add_argument("--data", required=True, help="a split (folder of logs) or one log")
+        source = sub.add_mutually_exclusive_group(required=True)
+        source.add_argument("--checkpoint", help="a student: of train.py, or a published file")
+        source.add_argument("--labels", help="a folder that `label` has written")
+        source.add_argument("--teacher", choices=nsfp.TEACHERS, help="run the teacher now")
+        source.add_argument("--baseline", choices=BASELINES)
+        sub.add_argument("--device", default=default_device(), help="cpu or cuda (default here: %(default)s)")
+        sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the student's U-Net")
+        sub.add_argument("--masks", metavar="FILE", help="the masks of the 2023 challenge, a zip or a folder")
+        return source
+
     sub = command("evaluate", _evaluate, "compare flow with the truth", "--data av2/val --checkpoint student.pt")
-    sub.add_argument("--data", required=True, help="a split (folder of logs) or one log, with annotations")
-    source = sub.add_mutually_exclusive_group(required=True)
-    source.add_argument("--checkpoint", help="a student: of train.py, or a published file")
-    source.add_argument("--labels", help="a folder that `label` has written")
-    source.add_argument("--teacher", choices=nsfp.TEACHERS, help="run the teacher now")
-    source.add_argument("--baseline", choices=BASELINES)
-    sub.add_argument("--json", metavar="FILE", help="write all numbers here, flat")
-    sub.add_argument("--device", default=default_device(), help="cpu or cuda (default here: %(default)s)")
-    sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the student's U-Net")
+    sources(sub).add_argument("--predictions", help="a submission to either challenge: a zip, or a folder")
+    sub.add_argument("--json", metavar="FILE", help="write all numbers here, flat; metrics.py says what they mean")
+    sub.add_argument(
+        "--figures", type=Path, metavar="DIR", help="draw errors by speed, distance and time, and two pairs"
+    )
+    add_settings(sub, nsfp.NSFPSettings)
+
+    sub = command(
+        "submit",
+        _submit,
+        "write the archive that a scene flow challenge takes",
+        "--data av2/test --checkpoint student.pt --challenge 2024 --out submission.zip",
+    )
+    sources(sub)
+    sub.add_argument("--challenge", type=int, choices=data.CHALLENGES, required=True)
+    sub.add_argument("--out", type=Path, required=True, metavar="ZIP")
+    sub.add_argument("--supervised", action="store_true", help="say that it learnt from human labels (2024)")
     add_settings(sub, nsfp.NSFPSettings)
 
     sub = command(

@@ -1,7 +1,7 @@
 """Speed, and the teacher's error: python tests/bench.py NAME ...
 
-Names: street, data, labels, teacher, student, which is all without a name; student_xl, departures and published, which
-take longer.
+Names: street, data, labels, metrics, teacher, student, which is all without a name; student_xl, departures and
+published, which take longer.
 Machines are shared and noisy: believe the ratios, and run it twice.
 """
 
@@ -23,6 +23,7 @@ from plain_student import seeded_model
 
 import data
 import fastflow3d
+import metrics
 import nsfp
 import synthetic
 import zeroflow
@@ -164,6 +165,30 @@ def labels(folder: str) -> None:
         f"label of {len(label.flow)} rows: {size / 1e3:.0f} kB, {1e3 * write:.0f} ms to write, {1e3 * read:.1f} ms to"
     )
     print(f"  check; float16 moved a coordinate by {1e3 * lost:.2f} mm at most")
+
+
+def all_metrics(folder: str) -> None:
+    """Every metric on a sweep of some 80,000 points that lies in memory, one thread."""
+    pairs = a_full_pair(folder)
+    pair = pairs[0]
+    estimate = pair.flow + 0.05
+    sweep = {
+        "estimate": estimate,
+        "flow": pair.flow,
+        "points": pair.pc0,
+        "category": pair.category,
+        "is_dynamic": pair.is_dynamic,
+        "is_valid": pair.is_valid,
+        "is_ground": pair.is_ground0,
+        "is_input": zeroflow.input_masks(pair)[0],
+        "is_in_mask": pairs.challenge_mask(pair),
+    }
+    sweep = {name: x[~pair.is_ground0] for name, x in sweep.items()}
+    sweep["raw"] = [data.total_flow(flow, pair)[~pair.is_ground0] for flow in (estimate, pair.flow)]
+    scores = metrics.Scores(data.CATEGORIES)
+    with zeroflow.one_thread():
+        each = seconds(lambda: scores.add(**sweep), 100)
+    print(f"metrics: {1e3 * each:.1f} ms a sweep of {len(sweep['flow'])} points, {1000 * each:.0f} s a thousand")
 
 
 def student(folder: str, name: str = "normal", repeats: int = 5) -> None:
@@ -339,7 +364,14 @@ def on_a_gpu(model: fastflow3d.FastFlow3D, pc0: torch.Tensor, pc1: torch.Tensor)
 
 
 if __name__ == "__main__":
-    benches = {"street": street, "data": reading, "labels": labels, "teacher": teacher, "student": student}
+    benches = {
+        "street": street,
+        "data": reading,
+        "labels": labels,
+        "metrics": all_metrics,
+        "teacher": teacher,
+        "student": student,
+    }
     for name in sys.argv[1:] or benches:
         with tempfile.TemporaryDirectory() as folder:
             longer = {"departures": departures, "published": published, "student_xl": student_xl}

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 import data
 import synthetic
@@ -35,3 +36,23 @@ def av2_folder() -> Path:
 @pytest.fixture(scope="session")
 def av2_pair(av2_folder) -> data.SweepPair:
     return data.open_dataset(av2_folder)[0]
+
+
+def a_pair(points, flow=None, category=None, is_dynamic=None, is_valid=None) -> data.SweepPair:
+    """A pair of given points (N, 3) of sweep 0, none of them ground; sweep 1 is the same points."""
+    n, points = len(points), torch.as_tensor(points, dtype=torch.float32)
+    no = torch.zeros(n, dtype=torch.bool)
+    return data.SweepPair(
+        pc0=points,
+        pc1=points,
+        is_ground0=no,
+        is_ground1=no,
+        ego1_SE3_ego0=torch.eye(4, dtype=torch.float64),
+        log_id="log",
+        timestamp0_ns=0,
+        timestamp1_ns=1,
+        flow=torch.zeros(n, 3) if flow is None else torch.as_tensor(flow, dtype=torch.float32),
+        category=torch.zeros(n, dtype=torch.uint8) if category is None else torch.tensor(category, dtype=torch.uint8),
+        is_dynamic=no if is_dynamic is None else torch.tensor(is_dynamic),
+        is_valid=~no if is_valid is None else torch.tensor(is_valid),
+    )

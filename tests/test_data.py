@@ -52,6 +52,9 @@ def test_ground_of_a_real_pair_by_both_rules(av2_folder, av2_pair, av2_labels):
     points_city = data.transform(city_SE3_ego0, av2_pair.pc0.double().numpy())
     by_av2s_rule = log.ground.is_ground(points_city, threshold_m=0.30, snap=np.trunc)
     assert (by_av2s_rule != av2_labels["is_ground_0"]).sum() <= 1
+    mask = data.open_dataset(av2_folder).challenge_mask(av2_pair).numpy()
+    is_near = (av2_pair.pc0[:, :2].abs() <= 50).all(dim=1).numpy()
+    assert (mask != (is_near & ~av2_labels["is_ground_0"])).sum() <= 1 and 0 < mask.sum() < is_near.sum()
 
 
 # --- Frames ----------------------------------------------------------------------------------------------------------
@@ -76,6 +79,8 @@ def test_total_flow_transforms_the_end_point_and_does_not_add():
     np.testing.assert_allclose(total, expected, atol=1e-6)
     added = (ego1_SE3_ego0 @ [*point, 1])[:3] - point + residual
     assert np.linalg.norm(added - total) == pytest.approx(0.0785, abs=1e-3)
+    back = data.residual_flow(torch.from_numpy(total[None]), pair)[0].numpy()
+    np.testing.assert_allclose(back, residual, atol=1e-6)
 
 
 def test_inverse_of_a_transform_five_kilometres_away_is_exact():

@@ -1,8 +1,6 @@
 """The loss, the metrics by hand and on a real pair, and the commands as a user types them."""
 
-import dataclasses
 import json
-import math
 import os
 import shutil
 import subprocess
@@ -12,36 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import a_pair
 from plain_student import seeded_model
 from pyarrow import feather
 
 import data
 import fastflow3d
-import metrics
 import nsfp
 import zeroflow
 
 ROOT = Path(zeroflow.__file__).parent
-
-
-def a_pair(points, flow=None, category=None, is_dynamic=None, is_valid=None) -> data.SweepPair:
-    """A pair of given points (N, 3) of sweep 0, none of them ground; sweep 1 is the same points."""
-    n, points = len(points), torch.as_tensor(points, dtype=torch.float32)
-    no = torch.zeros(n, dtype=torch.bool)
-    return data.SweepPair(
-        pc0=points,
-        pc1=points,
-        is_ground0=no,
-        is_ground1=no,
-        ego1_SE3_ego0=torch.eye(4, dtype=torch.float64),
-        log_id="log",
-        timestamp0_ns=0,
-        timestamp1_ns=1,
-        flow=torch.zeros(n, 3) if flow is None else torch.as_tensor(flow, dtype=torch.float32),
-        category=torch.zeros(n, dtype=torch.uint8) if category is None else torch.tensor(category, dtype=torch.uint8),
-        is_dynamic=no if is_dynamic is None else torch.tensor(is_dynamic),
-        is_valid=~no if is_valid is None else torch.tensor(is_valid),
-    )
 
 
 # --- The loss --------------------------------------------------------------------------------------------------------
@@ -82,64 +60,7 @@ def test_no_rows_give_a_loss_of_zero_that_can_be_stepped_on():
     assert at_label.grad.isfinite().all()
 
 
-# --- The metrics -----------------------------------------------------------------------------------------------------
-
-
-def test_three_way_epe_by_hand():
-    epe = metrics.ThreeWayEPE()
-    epe.add(torch.tensor([1.0, 3.0, 0.5, 7.0]), torch.tensor([metrics.FD, metrics.FD, metrics.FS, metrics.NOT_COUNTED]))
-    assert epe.parts[:2] == (2.0, 0.5) and math.isnan(epe.parts[2])  # no background: NaN, not 0
-    assert epe.three_way == 1.25 and epe.epe == 1.5  # ... and out of the mean
-    epe.add(torch.tensor([0.1, 0.3, 0.2, 0.2]), torch.full((4,), metrics.BS))
-    assert epe.parts == pytest.approx((2.0, 0.5, 0.2))
-    assert epe.three_way == pytest.approx(0.9)
-    assert epe.epe == pytest.approx((1 + 3 + 0.5 + 0.8) / 7)
-    assert math.isnan(metrics.ThreeWayEPE().three_way)
-
-
-def grid_groups(pair: data.SweepPair) -> torch.Tensor:
-    return metrics.grid_groups(pair.category, pair.is_dynamic, zeroflow.input_masks(pair)[0])
-
-
-def test_grid_groups_by_hand():
-    car = data.CATEGORIES.index("REGULAR_VEHICLE")
-    points = [[0, 0, 0], [50, 50, 0], [0, 0, 2.9], [51.2, 0, 0], [0, 0, -3.1]]
-    pair = a_pair(points, category=[car, car, 0, car, 0], is_dynamic=[True, False, False, True, False])
-    assert grid_groups(pair).tolist() == [0, 1, 2, -1, -1]
-    ground = dataclasses.replace(pair, is_ground0=torch.tensor([True, False, True, False, False]))
-    assert grid_groups(ground).tolist() == [-1, 1, -1, -1, -1]
-
-
-def test_paper_groups_by_hand():
-    """Category, displacement in a sweep, place -> group."""
-    FD, FS, BS, out = metrics.FD, metrics.FS, metrics.BS, metrics.NOT_COUNTED
-    rows = [
-        ("REGULAR_VEHICLE", 0.051, (0, 0, 0), FD),  # above 0.5 m/s
-        ("REGULAR_VEHICLE", 0.049, (0, 0, 0), FS),
-        ("PEDESTRIAN", 0.2, (35, -35, 0), FD),
-        ("PEDESTRIAN", 0.2, (35.1, 0, 0), out),  # beyond 35 m
-        ("WHEELED_RIDER", 0.2, (0, 0, 0), FD),
-        ("MESSAGE_BOARD_TRAILER", 0.0, (0, 0, 0), FS),
-        ("NONE", 0.0, (0, 0, 0), BS),
-        ("STOP_SIGN", 0.0, (0, 0, 0), BS),  # labelled, but background
-        ("CONSTRUCTION_CONE", 0.2, (0, 0, 0), BS),
-        ("DOG", 0.2, (0, 0, 0), out),  # in no group
-        ("ANIMAL", 0.0, (0, 0, 0), out),
-    ]
-    names, steps, points, groups = zip(*rows, strict=True)
-    pair = a_pair(
-        points,
-        flow=[[step, 0, 0] for step in steps],
-        category=[data.CATEGORIES.index(name) for name in names],
-        is_valid=[False] * len(rows),  # invalid points are not excluded
-    )
-    is_input, _ = zeroflow.input_masks(pair)
-    found = metrics.paper_groups(pair.pc0, pair.flow, pair.category, is_input, data.CATEGORIES)
-    assert found.tolist() == list(groups)
-    background = (
-        "NONE BOLLARD CONSTRUCTION_BARREL CONSTRUCTION_CONE MOBILE_PEDESTRIAN_CROSSING_SIGN SIGN STOP_SIGN".split()
-    )
-    assert metrics._PAPER_MOVERS == set(data.CATEGORIES) - set(background) - {"ANIMAL", "DOG"}
+# --- The evaluation --------------------------------------------------------------------------------------------------
 
 
 def test_evaluation_pools_points_and_gives_the_mean_over_pairs_beside_it():
