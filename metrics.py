@@ -294,6 +294,45 @@ class Scores:
         return result
 
 
+# --- To read ---------------------------------------------------------------------------------------------------------
+
+
+def report(numbers: dict[str, float]) -> str:
+    """The numbers of `Scores` by definition, and by class and speed, as tables to read."""
+
+    def cells(*keys: str) -> str:
+        return " ".join(f"{numbers[key]:9.4f}" for key in keys)
+
+    lines = [f"{'three-way EPE, by definition':38} {'mean':>9} {'FD':>9} {'FS':>9} {'BS':>9}"]
+    for name, what in {
+        "grid_three_way": "grid: this project's",
+        "paper_three_way": "paper: ZeroFlow's published code",
+        "av2_three_way": "av2: the 2023 challenge",
+        "three_way_2024": "three_way_2024: within 35 m",
+        "three_way_2024_all_distances": "... at all distances",
+    }.items():
+        lines.append(f"{what:38} {cells(name, *(f'{name}_{group}' for group in GROUPS))}")
+    lines += ["", f"{'all groups':38} {'EPE':>9} {'AccS':>9} {'AccR':>9} {'angle':>9} {'dyn. IoU':>9}"]
+    quality = ("epe", "acc_strict", "acc_relaxed", "angle_error_rad")
+    lines.append(f"{'every point with a true flow':38} {cells('epe')}")
+    lines.append(f"{'grid':38} {cells(*(f'grid_{name}' for name in quality), 'grid_dynamic_iou')}")
+    for segment in ("foreground_dynamic", "foreground_static", "background_static"):
+        keys = [f"av2_{name}_{segment}" for name in quality]
+        lines.append(f"{'av2: ' + segment.replace('_', ' '):38} {cells(*keys)}")
+    lines.append(f"{'av2: all':38} {' ' * 39} {cells('av2_dynamic_iou')}")
+    speeds = list(PAPER_SPEEDS)
+    head = " ".join(f"{name:>9}" for name in ("<.5 m/s", ".5-2", ">2 m/s", "static", "dynamic"))
+    lines += ["", f"{'by class':24} {'points':>13} {head}   (EPE in the grid by speed; 2024's bucketed)"]
+    for label in (*CLASSES, "other"):
+        count = sum(numbers[f"grid_points_{label}_{speed}"] for speed in speeds)
+        bucketed = [f"bucketed_{kind}_{label}" for kind in ("static", "dynamic")] if label != "other" else []
+        by_speed = cells(*(f"grid_epe_{label}_{speed}" for speed in speeds), *bucketed)
+        lines.append(f"{label.replace('_', ' '):24} {count:13} {by_speed}")
+    means = cells("bucketed_static_mean", "bucketed_dynamic_mean")
+    lines.append(f"{'mean of classes':24} {' ' * 43} {means}   (m; share of the motion: 1 is no better than none)")
+    return "\n".join(lines).replace("      nan", "        -")
+
+
 # --- What the paper printed ------------------------------------------------------------------------------------------
 
 # Three-way EPE (metres, `paper`) on Argoverse 2's whole validation split, and milliseconds a pair: Vedder et al., ICLR
@@ -316,3 +355,13 @@ PAPER = {
     "ICP": (0.204, 523.0),
     "EgoFlow": (0.205, 2116.0),
 }
+AV2_VAL_LOGS = 150  # in that split, of the Sensor data set
+
+
+def beside_the_paper(name: str, numbers: dict[str, float]) -> str:
+    """The paper's methods and this one, with its seconds_per_pair, by paper_three_way: a table to read."""
+    ours = {name: (numbers["paper_three_way"], 1e3 * numbers["seconds_per_pair"])}
+    lines = ["", f"{'the paper, same split; * measured here':40} {'3-way':>9} {'ms a pair':>10}"]
+    for method, (error, ms) in sorted((PAPER | ours).items(), key=lambda row: row[1][0]):
+        lines.append(f"{method + ' *' * (method in ours):40} {error:9.4f} {ms:10.1f}")
+    return "\n".join(lines)

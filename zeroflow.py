@@ -644,54 +644,6 @@ def table(rows: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def report(numbers: dict[str, float]) -> str:
-    """The numbers of one result of `evaluate` by definition, and by class and speed, as tables to read."""
-
-    def cells(*keys: str) -> str:
-        return " ".join(f"{numbers[key]:9.4f}" for key in keys)
-
-    lines = [f"{'three-way EPE, by definition':38} {'mean':>9} {'FD':>9} {'FS':>9} {'BS':>9}"]
-    for name, what in {
-        "grid_three_way": "grid: this project's",
-        "paper_three_way": "paper: ZeroFlow's published code",
-        "av2_three_way": "av2: the 2023 challenge",
-        "three_way_2024": "three_way_2024: within 35 m",
-        "three_way_2024_all_distances": "... at all distances",
-    }.items():
-        lines.append(f"{what:38} {cells(name, *(f'{name}_{group}' for group in metrics.GROUPS))}")
-    lines += ["", f"{'all groups':38} {'EPE':>9} {'AccS':>9} {'AccR':>9} {'angle':>9} {'dyn. IoU':>9}"]
-    quality = ("epe", "acc_strict", "acc_relaxed", "angle_error_rad")
-    lines.append(f"{'every point with a true flow':38} {cells('epe')}")
-    lines.append(f"{'grid':38} {cells(*(f'grid_{name}' for name in quality), 'grid_dynamic_iou')}")
-    for segment in ("foreground_dynamic", "foreground_static", "background_static"):
-        keys = [f"av2_{name}_{segment}" for name in quality]
-        lines.append(f"{'av2: ' + segment.replace('_', ' '):38} {cells(*keys)}")
-    lines.append(f"{'av2: all':38} {' ' * 39} {cells('av2_dynamic_iou')}")
-    speeds = list(metrics.PAPER_SPEEDS)
-    head = " ".join(f"{name:>9}" for name in ("<.5 m/s", ".5-2", ">2 m/s", "static", "dynamic"))
-    lines += ["", f"{'by class':24} {'points':>13} {head}   (EPE in the grid by speed; 2024's bucketed)"]
-    for label in (*metrics.CLASSES, "other"):
-        count = sum(numbers[f"grid_points_{label}_{speed}"] for speed in speeds)
-        bucketed = [f"bucketed_{kind}_{label}" for kind in ("static", "dynamic")] if label != "other" else []
-        by_speed = cells(*(f"grid_epe_{label}_{speed}" for speed in speeds), *bucketed)
-        lines.append(f"{label.replace('_', ' '):24} {count:13} {by_speed}")
-    means = cells("bucketed_static_mean", "bucketed_dynamic_mean")
-    lines.append(f"{'mean of classes':24} {' ' * 43} {means}   (m; share of the motion: 1 is no better than none)")
-    return "\n".join(lines).replace("      nan", "        -")
-
-
-AV2_VAL_LOGS = 150  # in the Sensor data set's validation split, on which the paper reports
-
-
-def beside_the_paper(name: str, numbers: dict[str, float]) -> str:
-    """The paper's methods and this one, by paper_three_way: a table to read."""
-    ours = {name: (numbers["paper_three_way"], 1e3 * numbers["seconds_per_pair"])}
-    lines = ["", f"{'the paper, same split; * measured here':40} {'3-way':>9} {'ms a pair':>10}"]
-    for method, (error, ms) in sorted((metrics.PAPER | ours).items(), key=lambda row: row[1][0]):
-        lines.append(f"{method + ' *' * (method in ours):40} {error:9.4f} {ms:10.1f}")
-    return "\n".join(lines)
-
-
 def write_submission(
     file: Path,
     dataset: data.Argoverse2Pairs,
@@ -901,9 +853,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     pair_three_ways = []
     result = evaluate(dataset, estimator, mask, pair_three_ways)
     name = next(str(value) for value in (getattr(arguments, source) for source in SOURCES) if value)
-    print(table({name: result}), report(result), sep="\n\n")
-    if Path(arguments.data).name == "val" and len(dataset.stamps) == AV2_VAL_LOGS:
-        print(beside_the_paper(name, result))
+    print(table({name: result}), metrics.report(result), sep="\n\n")
+    if Path(arguments.data).name == "val" and len(dataset.stamps) == metrics.AV2_VAL_LOGS:
+        print(metrics.beside_the_paper(name, result))
     if arguments.json:
         with atomic_file(Path(arguments.json)) as file:
             known = {key: None if math.isnan(value) else value for key, value in result.items()}  # JSON has no NaN
