@@ -58,10 +58,32 @@ def street(folder: str) -> None:
 
 
 def reading(folder: str) -> None:
-    pairs = a_full_pair(folder)
-    without = data.Argoverse2Pairs(list(pairs._folders.values()), true_flow=False)
-    read, read_without = seconds(lambda: pairs[0]), seconds(lambda: without[0])
-    print(f"reading a pair of {len(pairs[0].pc0)} points: {read:.3f} s, without true flow {read_without:.3f} s")
+    """A pair from disk, with each kind of ground and with true flow; ground against the raster's; opening a split."""
+    torch.set_num_threads(1)
+    logs = list(a_full_pair(folder)._folders.values())
+    kinds = {name: data.Argoverse2Pairs(logs, true_flow=False, ground=name) for name in data.GROUNDS}
+    times = interleaved({name: lambda kind=kind: kind[0] for name, kind in kinds.items()}, 15)
+    pair, labelled = kinds["raster"][0], data.Argoverse2Pairs(logs)
+    print(f"reading a pair of {len(pair.pc0)} points, one thread, its log in memory, ms by ground: ", end="")
+    print(", ".join(f"{name} {1e3 * each:.0f}" for name, each in times.items()))
+    print(f"  with true flow and the raster {1e3 * seconds(lambda: labelled[0], 15):.0f} ms")
+    points = pair.pc0.double().numpy()
+    print(f"  ground without a map: {1e3 * seconds(lambda: data.is_ground_without_map(points), 15):.0f} ms a sweep")
+    for name in ("vector", "points"):
+        for sweep in "01":
+            inside = data.is_in_grid(getattr(pair, f"pc{sweep}"))
+            mask, truth = (getattr(each, f"is_ground{sweep}")[inside] for each in (kinds[name][0], pair))
+            precision, recall = ((mask & truth).sum() / each.sum() for each in (mask, truth))
+            f1 = 2 * precision * recall / (precision + recall)
+            print(f"  {name} against the raster in the grid, sweep {sweep}: F1 {f1:.4f}, ", end="")
+            print(f"precision {precision:.4f}, recall {recall:.4f}")
+    for log in range(1000):
+        lidar = Path(folder) / "split" / f"{log:04d}" / "sensors" / "lidar"
+        lidar.mkdir(parents=True)
+        for sweep in range(157):
+            (lidar / f"{sweep * 10**8}.feather").touch()
+    opening = seconds(lambda: data.open_dataset(Path(folder) / "split"))
+    print(f"  opening a split of 1,000 logs of 157 sweeps: {opening:.2f} s")
 
 
 def teacher(folder: str) -> None:
