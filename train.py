@@ -42,6 +42,11 @@ class TrainSettings:
     data: str = ""  # a split or a log
     labels: str = ""  # its labels, as `python zeroflow.py label` writes them
     val: str = ""  # a split or a log with annotations, to evaluate on at the end
+    ground: str = ""  # raster, vector, points, none; empty: the first that there is. See data.open_dataset
+    pairs_per_log: int = 0  # 12 of LiDAR logs: the paper's 3x; 24: 5x; 0: all
+    sweeps_per_log: int = 0  # the first ones; 145 as the published code; 0: all
+    poses: str = ""  # of a folder of clouds, if not beside them
+    rate_hz: float = 10.0  # of clouds without time stamps
     out: str = "student.pt"  # the trained student
     picture: str = ""  # a PNG or PDF file for a bird's-eye view of a pair that the student has not seen
 
@@ -94,8 +99,9 @@ def run(settings: TrainSettings) -> dict[str, dict[str, float]]:
     check_settings(settings)
     print(f"settings: {settings}")
     if settings.data:
-        train_set, labels = zeroflow.open_and_tell(settings.data, true_flow=False), Path(settings.labels)
-        test_set, test_labels = (zeroflow.open_and_tell(settings.val) if settings.val else None), None
+        train_set, labels = zeroflow.open_and_tell(settings.data, settings, true_flow=False), settings.labels
+        whole = dataclasses.replace(settings, pairs_per_log=0, sweeps_per_log=0)  # those are of what is learnt from
+        test_set, test_labels = (zeroflow.open_and_tell(settings.val, whole) if settings.val else None), None
         samples = LabelledPairs(train_set, labels)
     else:
         train_set, test_set, labels = prepare_street(settings)
@@ -114,7 +120,7 @@ def run(settings: TrainSettings) -> dict[str, dict[str, float]]:
         "nearest": zeroflow.timed(zeroflow.nearest_neighbour),
     }
     if test_labels is not None:
-        estimators["teacher"] = zeroflow.from_labels(test_labels)
+        estimators["teacher"] = zeroflow.from_labels(zeroflow.open_labels(test_labels, test_set))
     estimators["student"] = zeroflow.from_student(model.prepare_inference())
     with zeroflow.one_thread():  # for every row of the table, so that times can be compared
         rows = {name: zeroflow.evaluate(test_set, estimator) for name, estimator in estimators.items()}
@@ -161,7 +167,7 @@ def check_settings(settings: TrainSettings) -> None:
 # --- The street ------------------------------------------------------------------------------------------------------
 
 
-def prepare_street(settings: TrainSettings) -> tuple[data.Argoverse2Pairs, data.Argoverse2Pairs, Path]:
+def prepare_street(settings: TrainSettings) -> tuple[data.Pairs, data.Pairs, Path]:
     """Training pairs, test pairs and the folder of labels of both; made where the cache folder lacks them."""
     # The cache is as good as the code that filled it: a change of these files gives a new folder.
     code = b"".join(Path(module.__file__).read_bytes() for module in (data, nsfp, synthetic, zeroflow))
@@ -191,23 +197,21 @@ class LabelledPairs(Dataset):
     Pairs without a label are counted on stderr. Raises DataError if there is no label at all.
     """
 
-    def __init__(self, dataset: data.Argoverse2Pairs, labels: str | Path):
-        self.dataset, self.labels = dataset, labels
-        files = [zeroflow.label_path(labels, key) for key in dataset.keys]
-        self.indices = [index for index, file in enumerate(files) if file.exists()]
-        if not self.indices:
-            raise data.DataError(f"{labels}: no label for any of {len(files)} pairs; run `zeroflow.py label`")
-        if len(self.indices) < len(files):
-            first = next(file for file in files if not file.exists())
-            missing = len(files) - len(self.indices)
-            print(f"{missing} of {len(files)} pairs have no label and are left out, {first} first", file=sys.stderr)
+    def __init__(self, dataset: data.Pairs, labels: str | Path):
+        self.dataset, self.labels = dataset, zeroflow.open_labels(labels, dataset)
+        has_label = set(self.labels.keys)
+        self.indices = [index for index, key in enumerate(dataset.keys) if key in has_label]
+        missing = [key for key in dataset.keys if key not in has_label]
+        if missing:
+            text = f"{labels}: {len(missing)} of {len(dataset)} pairs have no label and are left out"
+            print(f"{text}, {tuple(missing[0])} first", file=sys.stderr)
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, ...]:
         pair = self.dataset[self.indices[index]]
-        label = zeroflow.read_label(self.labels, pair.key, len(pair.pc0))
+        label = self.labels.read(pair)
         keep = ~pair.is_ground0
         return pair.pc0[keep], pair.pc1[~pair.is_ground1], label.flow[keep], label.has_flow[keep]
 
@@ -270,7 +274,7 @@ def columns_of(rows: list[tuple[torch.Tensor, ...]]) -> list[list[torch.Tensor]]
     return [list(column) for column in zip(*rows, strict=True)]
 
 
-def draw(file: str, dataset: data.Argoverse2Pairs, estimators: dict[str, zeroflow.Estimator]) -> None:
+def draw(file: str, dataset: data.Pairs, estimators: dict[str, zeroflow.Estimator]) -> None:
     """A picture of the first pair: both sweeps, the truth, and what teacher and student make of it."""
     import viz  # matplotlib is loaded only when a picture is asked for
 

@@ -18,12 +18,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
 import multiprocessing
 import multiprocessing.connection
 import os
+import re
 import signal
 import sys
 import time
@@ -157,6 +159,86 @@ def read_label(labels: str | Path, key: PairKey, num_points: int | None = None) 
     return Label(key, flow, has_flow, about["settings"], loss, seconds)
 
 
+class LabelFolder(NamedTuple):
+    """Labels beside a data set: the pairs that have one, and how to read a pair's."""
+
+    keys: list[PairKey]
+    read: Callable[[SweepPair], Label]  # raises DataError naming the file
+
+
+def open_labels(labels: str | Path, dataset: data.Pairs) -> LabelFolder:
+    """A folder that `label` has written, or one of the labels that the paper's authors have published.
+
+    Raises DataError if it has no label for any pair of the data.
+    """
+    published = {} if (Path(labels) / "settings.json").exists() else _published_files(Path(labels), dataset)
+    if published:
+        folder = LabelFolder(list(published), functools.partial(_read_published, published))
+    else:
+        made = [key for key in dataset.keys if label_path(labels, key).exists()]
+        folder = LabelFolder(made, functools.partial(_read_own, labels))
+    if not folder.keys:
+        raise DataError(f"{labels}: no label for any of {len(dataset)} pairs; run `python zeroflow.py label`")
+    return folder
+
+
+def _read_own(labels: str | Path, pair: SweepPair) -> Label:
+    return read_label(labels, pair.key, len(pair.pc0))
+
+
+def _published_files(labels: Path, dataset: data.Pairs) -> dict[PairKey, Path]:
+    """Of the pairs that have one: `<log_id>/<i:010d>_<place in a batch:03d>.npz`, or, as later code bases write them,
+    `<log_id>/<i:010d>.feather`, i being sweep 0's place in its log."""
+    files = {}
+    for log_id in dataset.stamps if labels.is_dir() else ():
+        for file in sorted((labels / log_id).glob("*")):
+            match = re.fullmatch(r"([0-9]{10})(_[0-9]{3}\.npz|\.feather)", file.name)
+            if match:
+                files[log_id, int(match[1])] = file
+    places = {(log_id, stamp): i for log_id, stamps in dataset.stamps.items() for i, stamp in enumerate(stamps)}
+    found = {key: files.get((key.log_id, places[key[:2]])) for key in dataset.keys} if files else {}
+    return {key: file for key, file in found.items() if file is not None}
+
+
+def _read_published(files: dict[PairKey, Path], pair: SweepPair) -> Label:
+    """A published label. Read as data; they hold no loss.
+
+    The .npz files number the points without ground, so they fit only if our ground is theirs: since they cover what
+    lies in the grid, and so do we, their rows must be ours (but for 1 %: points on the grid's border).
+    """
+    file = files[pair.key]
+    if file.suffix == ".feather":
+        table = data.read_feather(file, [*data.FLOW_COLUMNS, "is_valid"])
+        if table.num_rows != len(pair.pc0):
+            raise DataError(
+                f"{file}: has {table.num_rows} rows, its sweep has {len(pair.pc0)} points; is it of this log?"
+            )
+        has_flow = torch.from_numpy(table["is_valid"].to_numpy().astype(bool)) & input_masks(pair)[0]
+        estimate = torch.from_numpy(data.stack(table, data.FLOW_COLUMNS).astype(np.float32))
+        flow = torch.where(has_flow[:, None], estimate, 0.0)
+        return Label(pair.key, flow, has_flow, {"teacher": "published"}, math.nan, math.nan)
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            estimate = torch.from_numpy(arrays["flow"].astype(np.float32)).reshape(-1, 3)
+            rows = torch.from_numpy(arrays["valid_idxes"].astype(np.int64)).flatten()
+            seconds = float(np.sum(arrays["delta_time"]))
+        if len(estimate) != len(rows):
+            raise ValueError(f"{len(estimate)} rows of flow for {len(rows)} valid_idxes")
+    except Exception as error:  # of zip, zlib, the header, the shapes, memory
+        raise DataError(f"{file}: is no published label ({error}); download it again") from error
+    not_ground = (~pair.is_ground0).nonzero()[:, 0]
+    expected = input_masks(pair)[0][not_ground].nonzero()[:, 0]
+    if np.setxor1d(rows, expected).size > 0.01 * len(expected):
+        raise DataError(
+            f"{file}: labels other points than those that sweep {pair.timestamp0_ns} of log {pair.log_id} has off the "
+            "ground and in the grid; is it of this sweep, and was the ground found by the same rule?"
+        )
+    is_ours = rows < len(not_ground)
+    flow, has_flow = torch.zeros_like(pair.pc0), torch.zeros_like(pair.is_ground0)
+    flow[not_ground[rows[is_ours]]], has_flow[not_ground[rows[is_ours]]] = estimate[is_ours], True
+    return Label(pair.key, flow, has_flow, {"teacher": "published"}, math.nan, seconds)
+
+
 def settings_hash(settings: dict) -> str:
     """Sixteen hexadecimal digits that differ where the settings do."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
@@ -196,7 +278,7 @@ class LabelCount:
 
 
 def label_dataset(
-    dataset: data.Argoverse2Pairs,
+    dataset: data.Pairs,
     labels: str | Path,
     settings: nsfp.NSFPSettings,
     workers: int = 0,
@@ -440,9 +522,7 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def label_status(
-    dataset: data.Argoverse2Pairs, labels: str | Path
-) -> tuple[dict[str, dict[PairKey, str]], list[float]]:
+def label_status(dataset: data.Pairs, labels: str | Path) -> tuple[dict[str, dict[PairKey, str]], list[float]]:
     """The pairs by the state of their label, each with what is wrong, and the seconds that those made have taken.
 
     States: "made", "missing", "torn", "set aside" by `label`, and "foreign": of other settings than the folder's.
@@ -519,21 +599,31 @@ def evaluate(
     dataset: Sequence[SweepPair],
     estimator: Estimator,
     challenge_mask: Callable[[SweepPair], torch.Tensor | None] | None = None,
-    pair_three_ways: list[float] | None = None,
+    pair_three_ways: dict[int, float] | None = None,
+    max_broken: float = 0.0,
 ) -> dict[str, float]:
     """Every metric of metrics.py over a data set with true flow, as a flat dictionary; metres and seconds.
 
     Means pool all points. grid_three_way_pair_mean is the mean over pairs of each pair's own, where a sweep with one
-    big car near by counts no more than another; the list `pair_three_ways` is given each of them. challenge_mask: the
+    big car near by counts no more than another; `pair_three_ways` is given each of them, by index. challenge_mask: the
     (N0,) points of the 2023 challenge, without which the av2 numbers are NaN. seconds_per_pair is the median.
-    Raises DataError where a pair has no true flow.
+    A pair that cannot be read or estimated is said on stderr and left out, up to a share of `max_broken` of the pairs
+    (counted as 100 at least); "broken" counts them.
+    Raises DataError for the pair that is one too many, or has no true flow, or if no pair is left.
     """
-    scores, seconds = metrics.Scores(data.CATEGORIES), []
+    scores, seconds, broken = metrics.Scores(data.CATEGORIES), [], 0
     for index in tqdm(range(len(dataset)), desc="evaluate", unit="pair", disable=len(dataset) < 2):
-        pair = dataset[index]
+        try:
+            pair = dataset[index]
+            estimate = Estimate(*estimator(pair))
+        except DataError as error:
+            broken += 1
+            if broken > max_broken * max(100, len(dataset)):
+                raise
+            print(f"left out: {error}", file=sys.stderr)
+            continue
         if pair.flow is None:
             raise DataError(f"{pair.key}: no true flow to compare with; evaluate a split that has annotations.feather")
-        estimate = Estimate(*estimator(pair))
         mask = challenge_mask(pair) if challenge_mask else None
         scores.add(
             estimate.flow,
@@ -549,9 +639,12 @@ def evaluate(
             says_dynamic=estimate.is_dynamic,
         )
         seconds.append(estimate.seconds)
-    if pair_three_ways is not None:
-        pair_three_ways += scores.pair_three_ways
-    return {"pairs": len(seconds)} | scores.numbers() | {"seconds_per_pair": float(np.median(seconds))}
+        if pair_three_ways is not None:
+            pair_three_ways[index] = scores.pair_three_ways[-1]
+    if not seconds:
+        raise DataError(f"none of {len(dataset)} pairs could be evaluated; see above")
+    counts = {"pairs": len(seconds), "broken": broken}
+    return counts | scores.numbers() | {"seconds_per_pair": float(np.median(seconds))}
 
 
 def timed(estimate: Callable[[SweepPair], torch.Tensor], warm_up: bool = False) -> Estimator:
@@ -588,11 +681,11 @@ def nearest_neighbour(pair: SweepPair) -> torch.Tensor:
 BASELINES = {"no-motion": no_motion, "nearest": nearest_neighbour}
 
 
-def from_labels(labels: str | Path) -> Estimator:
+def from_labels(labels: LabelFolder) -> Estimator:
     """The flow of a label folder, with the seconds it once took."""
 
     def estimator(pair: SweepPair) -> Estimate:
-        label = read_label(labels, pair.key, len(pair.pc0))
+        label = labels.read(pair)
         return Estimate(label.flow, label.seconds)
 
     return estimator
@@ -646,7 +739,7 @@ def table(rows: dict[str, dict[str, float]]) -> str:
 
 def write_submission(
     file: Path,
-    dataset: data.Argoverse2Pairs,
+    dataset: data.Pairs,
     estimator: Estimator,
     challenge: int,
     masks: data.ChallengeFiles | None = None,
@@ -784,7 +877,7 @@ def _label(arguments: argparse.Namespace) -> int:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
             raise DataError(f"torchrun's rank {device}: start as many ranks as there are GPUs, or say --device cpu")
-    dataset = open_and_tell(arguments.data, true_flow=False)
+    dataset = open_and_tell(arguments.data, arguments, true_flow=False)
     start = time.perf_counter()
     count = label_dataset(
         dataset, arguments.labels, settings, arguments.workers, device, shard, max_broken=arguments.max_broken
@@ -803,7 +896,7 @@ def _label(arguments: argparse.Namespace) -> int:
 def _status(arguments: argparse.Namespace) -> int:
     if arguments.shards < 1:
         raise DataError(f"--shards {arguments.shards}: must be positive")
-    dataset = open_and_tell(arguments.data, true_flow=False)
+    dataset = open_and_tell(arguments.data, arguments, true_flow=False)
     if not (Path(arguments.labels) / "settings.json").exists():
         raise DataError(f"{arguments.labels}: is no folder of labels; make it with `python zeroflow.py label`")
     states, seconds = label_status(dataset, arguments.labels)
@@ -832,26 +925,147 @@ def _status(arguments: argparse.Namespace) -> int:
     return 0 if len(states["made"]) == len(dataset) else 1
 
 
-def open_and_tell(path: str, true_flow: bool = True) -> data.Argoverse2Pairs:
-    """Open a data set and say on stderr which sweeps have no partner."""
-    dataset = data.open_dataset(path, true_flow)
-    for line in dataset.skipped:
+def _check(arguments: argparse.Namespace) -> int:
+    check_device(arguments.device)
+    dataset = open_and_tell(arguments.data, arguments)
+    found = survey(dataset, arguments.labels, arguments.sample, arguments.device, arguments.model)
+    found["bytes"] = sum(file.stat().st_size for file in Path(arguments.data).rglob("*") if file.is_file())
+    is_usable = found["pairs_broken"] <= arguments.max_broken * found["pairs_read"]
+    kind, hours = type(dataset).__name__.removesuffix("Pairs"), found["seconds_recorded"] / 3600
+    print(f"{arguments.data}: {kind}, {found['logs']} logs, {found['pairs']} pairs, {hours:.3g} hours", end="")
+    print(f", {found['gaps']} neighbours or files that make no pair")
+    print(f"disk: {found['bytes'] / 1e9:.2f} GB")
+    for line in found.pop("broken"):
+        print(f"broken: {line}")
+    print(f"read: {found['pairs_read']} pairs, evenly spread, {found['pairs_broken']} broken", end="")
+    if found["pairs_broken"] < found["pairs_read"]:
+        print(f", {1e3 * found['seconds_to_read']:.0f} ms a pair, {found['pairs_with_true_flow']} with true flow")
+        shares = (
+            f"{found['share_not_ground']:.0%} not ground, {found['share_input']:.0%} that and in the student's grid"
+        )
+        print(f"points a sweep: {found['points_least']} to {found['points_most']}, {shares}")
+        label_hours, train_hours = (found["pairs"] * found[f"seconds_to_{what}"] / 3600 for what in ("label", "train"))
+        print(f"labels by `fast`: {found['seconds_to_label']:.2f} s a pair here, {label_hours:.3g} hours of one worker")
+        print(
+            f"training `normal`: {found['seconds_to_train']:.2f} s a pair here, {train_hours:.3g} hours an epoch",
+            end="",
+        )
+    print()
+    if arguments.labels:
+        states = ", ".join(f"{found[key]} {key[7:].replace('_', ' ')}" for key in found if key.startswith("labels_"))
+        print(f"{arguments.labels}: {states}")
+    if arguments.json:
+        with atomic_file(Path(arguments.json)) as file:
+            file.write(json.dumps({**found, "is_usable": is_usable}, indent=2).encode())
+    print("can be used" if is_usable else f"cannot be used: more than --max-broken {arguments.max_broken} is broken")
+    return 0 if is_usable else 1
+
+
+def survey(dataset: data.Pairs, labels: str = "", sample: int = 20, device: str = "cpu", model: str = "normal") -> dict:
+    """What is there, from reading `sample` pairs (0: all) spread evenly, and what it would cost on this machine.
+
+    `broken` lists what is wrong with pairs that cannot be read, or whose labels cannot.
+    """
+    spans = [stamps[-1] - stamps[0] for stamps in dataset.stamps.values() if stamps]
+    result = {"logs": len(dataset.stamps), "pairs": len(dataset), "gaps": len(dataset.skipped)}
+    result |= {"seconds_recorded": sum(spans) / 1e9, "broken": []}
+    folder = None
+    if labels and (Path(labels) / "settings.json").exists():
+        states, _ = label_status(dataset, labels)
+        result |= {f"labels_{state.replace(' ', '_')}": len(pairs) for state, pairs in states.items()}
+    if labels:
+        folder = open_labels(labels, dataset)
+        result |= {"labels_found": len(folder.keys), "labels_lacking": len(dataset) - len(folder.keys)}
+    labelled = set(folder.keys) if folder else ()
+    count = min(sample or len(dataset), len(dataset))
+    points, shares, seconds, pair = [], [], [], None
+    true_flow = 0
+    for index in tqdm([i * len(dataset) // count for i in range(count)], desc="check", unit="pair", disable=count < 2):
+        try:
+            start = time.perf_counter()
+            read = dataset[index]
+            seconds.append(time.perf_counter() - start)
+            if read.key in labelled:
+                folder.read(read)
+        except DataError as error:
+            result["broken"].append(str(error))
+            continue
+        pair = read
+        points.append(len(pair.pc0))
+        shares.append([(~pair.is_ground0).float().mean().item(), input_masks(pair)[0].float().mean().item()])
+        true_flow += pair.flow is not None
+    result |= {"pairs_read": count, "pairs_broken": len(result["broken"]), "pairs_with_true_flow": true_flow}
+    if pair is not None:
+        start = time.perf_counter()
+        with one_thread():
+            make_labels([pair], nsfp.TEACHERS["fast"], device)
+        result |= {
+            "points_least": min(points),
+            "points_most": max(points),
+            "seconds_to_read": float(np.median(seconds)),
+        }
+        result |= dict(zip(("share_not_ground", "share_input"), np.mean(shares, axis=0).tolist(), strict=True))
+        result |= {
+            "seconds_to_label": time.perf_counter() - start,
+            "seconds_to_train": _seconds_to_train(pair, device, model),
+        }
+    return result
+
+
+def _seconds_to_train(pair: SweepPair, device: str, name: str) -> float:
+    """Of one pair in a student's step, the second time."""
+    model = fastflow3d.FastFlow3D(fastflow3d.MODELS[name]).to(device, memory_format=torch.channels_last).train()
+    pc0, pc1 = pair.pc0[~pair.is_ground0].to(device), pair.pc1[~pair.is_ground1].to(device)
+    for _ in range(2):
+        start = time.perf_counter()
+        flows, _ = model([pc0], [pc1])
+        flows[0].norm(dim=1).sum().backward()
+        flows[0].cpu()  # by then a GPU is done, too
+    return time.perf_counter() - start
+
+
+def open_and_tell(path: str, options, true_flow: bool = True) -> data.Pairs:
+    """Open a data set as options (parsed, or TrainSettings) say; on stderr, what was assumed, and what is no pair."""
+    chosen = {name: getattr(options, name) for name in ("ground", "pairs_per_log", "sweeps_per_log", "rate_hz")}
+    dataset = data.open_dataset(path, true_flow, poses=options.poses or None, **chosen)
+    for line in (*dataset.notes, *dataset.skipped):
         print(line, file=sys.stderr)
     return dataset
 
 
+def add_data_options(sub: argparse.ArgumentParser) -> None:
+    """--data, and how to take it: see `data.open_dataset`."""
+    sub.add_argument("--data", required=True, help="a split (folder of logs), one log, or a folder of clouds")
+    sub.add_argument("--ground", default="", help=f"{', '.join(data.GROUNDS)} (default: the first that there is)")
+    sub.add_argument(
+        "--pairs-per-log", type=int, default=0, help="12 of LiDAR logs: the paper's 3x; 24: 5x (default: all)"
+    )
+    sub.add_argument(
+        "--sweeps-per-log", type=int, default=0, help="the first; 145 as the published code (default: all)"
+    )
+    sub.add_argument("--poses", default="", metavar="FILE", help="poses of a folder of clouds, if not beside them")
+    sub.add_argument("--rate-hz", type=float, default=10.0, help="of clouds without time stamps (default: 10)")
+
+
+def add_max_broken(sub: argparse.ArgumentParser) -> None:
+    text = "stop when more of the pairs (counted as 100 at least) are broken (default: %(default)s)"
+    sub.add_argument("--max-broken", type=float, default=0.05, metavar="SHARE", help=text)
+
+
 def _evaluate(arguments: argparse.Namespace) -> int:
-    estimator = None if arguments.predictions else _chosen_estimator(arguments)
-    dataset, masks = open_and_tell(arguments.data), _masks(arguments)
+    estimator = _chosen_estimator(arguments)
+    dataset, masks = open_and_tell(arguments.data, arguments), _masks(arguments)
+    if arguments.labels:
+        labels = open_labels(arguments.labels, dataset)
+        estimator = from_labels(labels)
+        _cut_to(dataset, labels.keys, arguments.labels)
     if arguments.predictions:
         predictions = data.ChallengePredictions(arguments.predictions, dataset, masks)
-        print(f"{arguments.predictions}: {len(predictions.keys)} of {len(dataset)} pairs, challenge of", end=" ")
-        print(f"{predictions.challenge}; what it does not say counts as not moving")
-        dataset.keys = predictions.keys
         estimator = from_predictions(predictions)
-    mask = masks.mask if masks else getattr(dataset, "challenge_mask", None)
-    pair_three_ways = []
-    result = evaluate(dataset, estimator, mask, pair_three_ways)
+        _cut_to(dataset, predictions.keys, f"{arguments.predictions}, as for the challenge of {predictions.challenge}")
+    mask = masks.mask if masks else dataset.challenge_mask
+    pair_three_ways = {}
+    result = evaluate(dataset, estimator, mask, pair_three_ways, arguments.max_broken)
     name = next(str(value) for value in (getattr(arguments, source) for source in SOURCES) if value)
     print(table({name: result}), metrics.report(result), sep="\n\n")
     if Path(arguments.data).name == "val" and len(dataset.stamps) == metrics.AV2_VAL_LOGS:
@@ -862,7 +1076,18 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             file.write(json.dumps(known, indent=2).encode())
     if arguments.figures:
         _draw_figures(arguments.figures, dataset, estimator, name, result, pair_three_ways)
-    return 0
+    if result["broken"]:
+        print(f"{result['broken']} pairs were left out; stderr says why")
+    return 1 if result["broken"] else 0
+
+
+def _cut_to(dataset: data.Pairs, keys: list[PairKey], what: str) -> None:
+    """Leave only these pairs in the data set, and say so."""
+    has = set(keys)
+    without = [key for key in dataset.keys if key not in has]
+    first = f"; without is, for one, {tuple(without[0])}" if without else ""
+    print(f"{what}: has {len(keys)} of {len(dataset)} pairs{first}")
+    dataset.keys = keys
 
 
 SOURCES = ("checkpoint", "labels", "teacher", "baseline", "predictions")
@@ -872,8 +1097,8 @@ def _masks(arguments: argparse.Namespace) -> data.ChallengeFiles | None:
     return data.ChallengeFiles(arguments.masks) if arguments.masks else None
 
 
-def _chosen_estimator(arguments: argparse.Namespace) -> Estimator:
-    """What --checkpoint, --labels, --teacher or --baseline names."""
+def _chosen_estimator(arguments: argparse.Namespace) -> Estimator | None:
+    """What --checkpoint, --teacher or --baseline names; None for what needs the data first."""
     check_device(arguments.device)
     settings = chosen_settings(arguments, nsfp.TEACHERS[arguments.teacher or "fast"])
     if not arguments.teacher and settings != nsfp.TEACHERS["fast"]:
@@ -882,16 +1107,14 @@ def _chosen_estimator(arguments: argparse.Namespace) -> Estimator:
         raise DataError("--dtype: is the student's; give its --checkpoint")
     if arguments.checkpoint:
         return from_student(_load_student(arguments))
-    if arguments.labels:
-        return from_labels(arguments.labels)
     if arguments.teacher:
         print(f"settings: {settings}")
         torch.set_num_threads(1)
         return from_teacher(settings, arguments.device)
-    return timed(BASELINES[arguments.baseline])
+    return timed(BASELINES[arguments.baseline]) if arguments.baseline else None
 
 
-def _draw_figures(folder: Path, dataset, estimator: Estimator, name: str, result: dict, pair_three_ways: list) -> None:
+def _draw_figures(folder: Path, dataset, estimator: Estimator, name: str, result: dict, pair_three_ways: dict) -> None:
     """Error by speed and distance, error against time, and the worst and the median pair (by grid three-way)."""
     import viz  # matplotlib is loaded only when a picture is asked for
 
@@ -900,8 +1123,9 @@ def _draw_figures(folder: Path, dataset, estimator: Estimator, name: str, result
         "error_by_distance": viz.error_by_distance_figure({name: result}),
         "error_against_time": viz.error_against_time_figure({name: result}),
     }
-    order = [index for index in np.argsort(pair_three_ways) if not math.isnan(pair_three_ways[index])]  # best first
-    for place, index in {"median": order[len(order) // 2], "worst": order[-1]}.items() if order else ():
+    known = [index for index, value in pair_three_ways.items() if not math.isnan(value)]
+    order = sorted(known, key=pair_three_ways.get)  # best first
+    for place, index in (("median", order[len(order) // 2]), ("worst", order[-1])) if order else ():
         pair = dataset[index]
         title = f"the {place} pair: {pair.log_id}, {pair.timestamp0_ns}; grid 3-way {pair_three_ways[index]:.3f} m"
         figures[f"{place}_pair"] = viz.error_map_figure(pair, estimator(pair).flow, input_masks(pair)[0], title)
@@ -917,7 +1141,9 @@ def _submit(arguments: argparse.Namespace) -> int:
     if arguments.masks and arguments.challenge == 2024:
         raise DataError("--masks: are of the 2023 challenge; that of 2024 scores every point")
     estimator, masks = _chosen_estimator(arguments), _masks(arguments)
-    dataset = data.open_dataset(arguments.data, true_flow=False)
+    dataset = open_and_tell(arguments.data, arguments, true_flow=False)
+    if arguments.labels:
+        estimator = from_labels(open_labels(arguments.labels, dataset))
     count = write_submission(arguments.out, dataset, estimator, arguments.challenge, masks, arguments.supervised)
     print(f"{arguments.out}: {count} pairs for the challenge of {arguments.challenge}")
     return 0
@@ -942,8 +1168,11 @@ def _predict(arguments: argparse.Namespace) -> int:
     pose = data.read_pose(arguments.pose) if arguments.pose else None
     if pose is None:
         print("no --pose: both clouds are taken as in one frame, so residual flow is all there is")
-    print("ground is not removed")
-    model, pair = _load_student(arguments), data.pair_of_clouds(*clouds, pose)
+    grounds = [None, None]
+    if arguments.ground == "points":
+        grounds = [data.is_ground_without_map(cloud) for cloud in clouds]
+        print(f"ground: {grounds[0].mean():.0%} and {grounds[1].mean():.0%} of the points, found without a map")
+    model, pair = _load_student(arguments), data.pair_of_clouds(*clouds, pose, *grounds)
     start = time.perf_counter()
     flow, has_flow = _student_flow(model, pair)
     seconds = time.perf_counter() - start
@@ -987,7 +1216,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command(
         "label", _label, "let the teacher label pairs; makes what is missing", "--data av2/train --labels labels"
     )
-    sub.add_argument("--data", required=True, help="a split (folder of logs) or one log")
+    add_data_options(sub)
     sub.add_argument("--labels", required=True, help="folder of the labels, one file a pair")
     sub.add_argument("--teacher", choices=nsfp.TEACHERS, default="fast", help="(default: %(default)s)")
     sub.add_argument("--workers", type=int, default=0, help="processes, one thread each (default: one a core)")
@@ -995,13 +1224,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--shard", default="", metavar="I/N", help="part I of 0 ... N-1 (default: torchrun's rank, SLURM's array, all)"
     )
-    sub.add_argument(
-        "--max-broken",
-        type=float,
-        default=0.05,
-        metavar="SHARE",
-        help="stop when more of the pairs (counted as 100 at least) are broken (default: %(default)s)",
-    )
+    add_max_broken(sub)
     add_settings(sub, nsfp.NSFPSettings)
 
     sub = command(
@@ -1010,14 +1233,30 @@ def _parser() -> argparse.ArgumentParser:
         "count the labels made, missing, torn and set aside; exit status 0 if all are made",
         "--data av2/train --labels labels --shards 16 --price 2.5",
     )
-    sub.add_argument("--data", required=True, help="a split (folder of logs) or one log")
+    add_data_options(sub)
     sub.add_argument("--labels", required=True, help="a folder that `label` writes")
     sub.add_argument("--shards", type=int, default=1, help="name those of so many shards that are to be run again")
     sub.add_argument("--price", type=float, default=0.0, help="dollars an hour of one worker (a core, or a GPU)")
     sub.add_argument("--json", metavar="FILE", help="write the counts, shards to run again and hours here")
 
+    sub = command(
+        "check",
+        _check,
+        "say what a data set holds, what is broken, and what it would cost; exit status 0 if it can be used",
+        "--data av2/train --labels labels",
+    )
+    add_data_options(sub)
+    sub.add_argument("--labels", default="", help="a folder that `label` writes, or of published labels")
+    sub.add_argument("--model", choices=fastflow3d.MODELS, default="normal", help="whose training step is timed")
+    sub.add_argument(
+        "--sample", type=int, default=20, help="pairs to read, spread evenly; 0: all (default: %(default)s)"
+    )
+    sub.add_argument("--device", default=default_device(), help="cpu or cuda (default here: %(default)s)")
+    sub.add_argument("--json", metavar="FILE", help="write the numbers here")
+    add_max_broken(sub)
+
     def sources(sub: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
-        sub.add_argument("--data", required=True, help="a split (folder of logs) or one log")
+        add_data_options(sub)
         source = sub.add_mutually_exclusive_group(required=True)
         source.add_argument("--checkpoint", help="a student: of train.py, or a published file")
         source.add_argument("--labels", help="a folder that `label` has written")
@@ -1031,6 +1270,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("evaluate", _evaluate, "compare flow with the truth", "--data av2/val --checkpoint student.pt")
     sources(sub).add_argument("--predictions", help="a submission to either challenge: a zip, or a folder")
     sub.add_argument("--json", metavar="FILE", help="write all numbers here, flat; metrics.py says what they mean")
+    add_max_broken(sub)
     sub.add_argument(
         "--figures", type=Path, metavar="DIR", help="draw errors by speed, distance and time, and two pairs"
     )
@@ -1055,9 +1295,13 @@ def _parser() -> argparse.ArgumentParser:
         "--checkpoint student.pt 0.bin 1.bin --pose ego1_SE3_ego0.txt --out flow.npz --picture flow.png",
     )
     sub.add_argument("--checkpoint", required=True, help="a student: of train.py, or a published file")
-    sub.add_argument("cloud0", type=Path, metavar="CLOUD0", help=".feather (x, y, z), .bin (KITTI), .npy or .npz")
+    sub.add_argument(
+        "cloud0", type=Path, metavar="CLOUD0", help=".feather (x, y, z), .bin (KITTI), .npy, .npz, .ply, .pcd"
+    )
     sub.add_argument("cloud1", type=Path, metavar="CLOUD1", help="the next sweep")
     sub.add_argument("--pose", type=Path, metavar="FILE", help="ego1_SE3_ego0, 4 x 4, as text or .npy")
+    text = "how ground is found, which gets no flow of its own (default: %(default)s)"
+    sub.add_argument("--ground", choices=("points", "none"), default="points", help=text)
     sub.add_argument("--out", required=True, type=Path, metavar="FILE", help=".feather or .npz: flow and has_flow")
     sub.add_argument("--total", action="store_true", help="write raw flow, ego-motion included, not residual flow")
     sub.add_argument("--picture", type=Path, metavar="FILE", help="bird's-eye view: .png, .pdf or .svg")

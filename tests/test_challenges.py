@@ -265,7 +265,7 @@ def test_submit_and_evaluate_as_a_user_types_them(tmp_path, logs, capsys):
     evaluate = ["evaluate", *common, "--predictions", str(out), "--json", str(numbers), "--figures", str(figures)]
     assert zeroflow.main(evaluate) == 0
     printed = capsys.readouterr().out
-    assert "4 of 14 pairs, challenge of 2024" in printed and "paper: ZeroFlow's published code" in printed
+    assert "challenge of 2024: has 4 of 14 pairs" in printed and "paper: ZeroFlow's published code" in printed
     found = json.loads(numbers.read_text())
     assert found["seconds_per_pair"] is None and found["pairs"] == 4  # JSON has no NaN
     keys = "epe grid_epe grid_three_way grid_three_way_fd paper_three_way av2_three_way three_way_2024"

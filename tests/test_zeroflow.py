@@ -1,5 +1,6 @@
-"""The loss, the metrics by hand and on a real pair, and the commands as a user types them."""
+"""The loss, the evaluation by hand and on a real pair, and the commands as a user types them."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 import torch
 from conftest import a_pair
@@ -17,6 +19,7 @@ from pyarrow import feather
 import data
 import fastflow3d
 import nsfp
+import train
 import zeroflow
 
 ROOT = Path(zeroflow.__file__).parent
@@ -145,11 +148,12 @@ def test_predict_as_a_user_types_it(tmp_path, student_file, street_folder, stree
     sweeps = [street_folder / pair.log_id / "sensors" / "lidar" / f"{stamp}.feather" for stamp in pair.key[1:]]
     np.savetxt(tmp_path / "pose.txt", pair.ego1_SE3_ego0)
     picture, npz, table = (tmp_path / name for name in ("flow.png", "flow.npz", "flow.feather"))
-    common = ["predict", "--checkpoint", str(student_file), *map(str, sweeps), "--device", "cpu"]
+    whole = ["predict", "--checkpoint", str(student_file), *map(str, sweeps), "--device", "cpu"]
+    common = [*whole, "--ground", "none"]
     pose = ["--pose", str(tmp_path / "pose.txt")]
     assert zeroflow.main([*common, *pose, "--out", str(npz), "--picture", str(picture)]) == 0
     out = capsys.readouterr().out
-    assert "ground is not removed" in out and "no --pose" not in out
+    assert "no --pose" not in out and "ground" not in out
     assert f"residual flow of {len(pair.pc0)} points" in out
     with np.load(npz) as arrays:
         flow, has_flow = arrays["flow"], arrays["has_flow"]
@@ -168,6 +172,17 @@ def test_predict_as_a_user_types_it(tmp_path, student_file, street_folder, stree
     assert (columns["has_flow"].to_numpy() == has_flow).all()
     assert 0 < np.median(error) < 1e-2 and np.linalg.norm(total - flow, axis=1).max() > 0.1
     capsys.readouterr()
+
+    assert zeroflow.main([*whole, *pose, "--out", str(npz)]) == 0  # now without the ground, found without a map
+    is_ground = [data.is_ground_without_map(data.read_cloud(sweep)) for sweep in sweeps]
+    assert f"ground: {is_ground[0].mean():.0%} and {is_ground[1].mean():.0%} of the points" in capsys.readouterr().out
+    expected = zeroflow.predict(
+        model, pair.pc0.numpy(), data.read_cloud(sweeps[1]), pair.ego1_SE3_ego0, is_ground[0], is_ground[1]
+    )
+    with np.load(npz) as arrays:
+        np.testing.assert_allclose(arrays["flow"], expected, atol=2e-5)
+        assert (arrays["flow"][is_ground[0]] == 0).all() and not arrays["has_flow"][is_ground[0]].any()
+    assert 0.05 < is_ground[0].mean() < 0.95
 
     assert zeroflow.main([*common, "--out", str(npz)]) == 0
     assert "no --pose: both clouds are taken as in one frame" in capsys.readouterr().out
@@ -242,7 +257,10 @@ def test_from_synthesize_to_evaluate_as_a_user_types_it(tmp_path):
 def test_mistakes_get_one_clear_line_and_a_status(tmp_path, street_folder, capsys):
     for arguments, message in (
         (("evaluate", "--data", tmp_path / "no", "--baseline", "nearest"), "no: no such folder"),
-        (("evaluate", "--data", street_folder, "--labels", tmp_path), "feather: no label for this pair; make it with"),
+        (
+            ("evaluate", "--data", street_folder, "--labels", tmp_path),
+            "no label for any of 4 pairs; run `python zeroflow.py",
+        ),
         (("evaluate", "--data", street_folder, "--checkpoint", tmp_path / "no.pt"), "no.pt: no such file"),
         (("synthesize", "--out", street_folder, "--logs", 1), "is not empty; choose a new folder"),
         (("label", "--data", street_folder, "--labels", tmp_path, "--device", "tpu"), "--device 'tpu': choose cpu"),
@@ -256,3 +274,185 @@ def test_mistakes_get_one_clear_line_and_a_status(tmp_path, street_folder, capsy
         assert message in line
     with pytest.raises(SystemExit):
         zeroflow.main(["label", "--data", "x", "--labels", "y", "--no-such-setting", "1"])
+
+
+# --- Published labels, broken data, and what a folder holds ----------------------------------------------------------
+
+
+def write_published(folder: Path, pair: data.SweepPair, index: int, flow: np.ndarray) -> Path:
+    """A pair's label in the layout of the paper's own: flow of the points off the ground and in the grid, numbered
+    among those off the ground."""
+    not_ground = np.flatnonzero(~pair.is_ground0.numpy())
+    is_inside = (np.abs(pair.pc0.numpy()[not_ground]) < (51.2, 51.2, 3)).all(axis=1)
+    file = folder / pair.log_id / f"{index:010d}_000.npz"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    rows = np.flatnonzero(is_inside)
+    np.savez(file, flow=flow[not_ground[rows]][None], valid_idxes=rows, delta_time=12.5)
+    return file
+
+
+def test_published_labels_come_back_to_their_rows(tmp_path, street, capsys):
+    """Labels of sweeps 0 and 1 of the first log; the second log has none."""
+    flows = [np.random.default_rng(i).normal(size=(len(street[i].pc0), 3)).astype(np.float32) for i in (0, 1)]
+    for i in (0, 1):
+        write_published(tmp_path, street[i], i, flows[i])
+    labels = zeroflow.open_labels(tmp_path, street)
+    assert labels.keys == street.keys[:2]
+    for i in (0, 1):
+        label = labels.read(street[i])
+        is_input = zeroflow.input_masks(street[i])[0]
+        assert torch.equal(label.has_flow, is_input) and label.seconds == 12.5
+        assert (label.flow.numpy()[is_input] == flows[i][is_input]).all() and label.flow[~is_input].eq(0).all()
+    samples = train.LabelledPairs(street, tmp_path)
+    assert len(samples) == 2 and f"{tmp_path}: 2 of 4 pairs have no label" in capsys.readouterr().err
+    keep = ~street[1].is_ground0
+    assert torch.equal(samples[1][2], labels.read(street[1]).flow[keep])
+    # The layout of later code bases: a row a point.
+    later = tmp_path / "later" / street.keys[2].log_id / "0000000000.feather"
+    later.parent.mkdir(parents=True)
+    pair = street[2]
+    flow = np.random.default_rng(9).normal(size=pair.pc0.shape).astype(np.float32)
+    is_valid = np.arange(len(flow)) % 2 == 0
+    columns = {name: flow[:, i] for i, name in enumerate(data.FLOW_COLUMNS)}
+    feather.write_feather(pyarrow.table({**columns, "is_valid": is_valid}), later)
+    labels = zeroflow.open_labels(tmp_path / "later", street)
+    label, expected = labels.read(pair), zeroflow.input_masks(pair)[0].numpy() & is_valid
+    assert labels.keys == [pair.key] and (label.has_flow.numpy() == expected).all()
+    assert (label.flow.numpy() == np.where(expected[:, None], flow, 0)).all()
+
+
+def test_published_labels_of_other_points_are_refused_by_name(tmp_path, street):
+    """Another sweep's, another rule of ground, rows that do not match, and a file that would run code."""
+    pair = street[0]
+    flow = np.zeros((len(pair.pc0), 3), dtype=np.float32)
+    file = write_published(tmp_path, pair, 0, flow)
+    good, labels = dict(np.load(file)), zeroflow.open_labels(tmp_path, street)
+    labels.read(pair)
+    fewer = dataclasses.replace(pair, is_ground0=pair.is_ground0 | (torch.arange(len(flow)) % 20 == 0))
+    with pytest.raises(data.DataError, match="_000.npz: labels other points than those that sweep .* ground found by"):
+        labels.read(fewer)
+    for changes, message in (
+        ({"valid_idxes": good["valid_idxes"][:-5]}, "is no published label .* rows of flow for"),
+        ({"valid_idxes": good["valid_idxes"] + 40}, "labels other points"),
+        ({"flow": np.array([{"run": "me"}])}, "is no published label"),  # a pickle
+    ):
+        np.savez(file, **(good | changes))
+        with pytest.raises(data.DataError, match=f"0000000000_000.npz: {message}"):
+            labels.read(pair)
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(data.DataError, match="is no published label"):
+        labels.read(pair)
+    later = tmp_path / "later" / pair.log_id / "0000000000.feather"
+    later.parent.mkdir(parents=True)
+    columns = {name: np.zeros(3, dtype=np.float32) for name in data.FLOW_COLUMNS}
+    feather.write_feather(pyarrow.table({**columns, "is_valid": np.ones(3, dtype=bool)}), later)
+    with pytest.raises(data.DataError, match=r"0000000000.feather: has 3 rows, its sweep has \d+ points"):
+        zeroflow.open_labels(tmp_path / "later", street).read(pair)
+
+
+@pytest.fixture
+def broken_folder(tmp_path, street_folder) -> Path:
+    """Two logs of three sweeps, of which one sweep is torn: two of four pairs cannot be read."""
+    shutil.copytree(street_folder, tmp_path / "split")
+    file = sorted((tmp_path / "split").glob("*/sensors/lidar/*.feather"))[1]
+    file.write_bytes(file.read_bytes()[:100])
+    return tmp_path / "split"
+
+
+def test_evaluation_names_broken_pairs_and_goes_on_up_to_a_share(tmp_path, broken_folder, street, capsys):
+    numbers = tmp_path / "numbers.json"
+    command = ["evaluate", "--data", str(broken_folder), "--baseline", "nearest", "--json", str(numbers)]
+    assert zeroflow.main(command) == 1  # not all went well
+    printed = capsys.readouterr()
+    assert printed.err.count("left out: ") == 2 and "not a whole Feather file" in printed.err
+    assert "2 pairs were left out; stderr says why" in printed.out
+    found = json.loads(numbers.read_text())
+    whole = zeroflow.evaluate([street[2], street[3]], zeroflow.timed(zeroflow.nearest_neighbour))
+    assert (found["pairs"], found["broken"]) == (2, 2) and found["grid_epe"] == whole["grid_epe"]
+    numbers.unlink()
+    assert zeroflow.main([*command, "--max-broken", "0.01"]) == 1  # of 100 at least: one may be broken
+    assert "error: " in capsys.readouterr().err and not numbers.exists()
+
+    def nothing(pair):
+        raise data.DataError("no")
+
+    with pytest.raises(data.DataError, match="none of 4 pairs could be evaluated"):
+        zeroflow.evaluate(street, nothing, max_broken=1)
+
+
+def test_labels_that_cover_some_pairs_are_evaluated_on_those_and_it_is_said(tmp_path, street_folder, street, capsys):
+    label = zeroflow.make_labels([street[1]], dataclasses.replace(nsfp.TEACHERS["fast"], iterations=2))[0]
+    zeroflow.write_label(tmp_path, label)
+    assert zeroflow.main(["evaluate", "--data", str(street_folder), "--labels", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert f"{tmp_path}: has 1 of 4 pairs; without is, for one, {tuple(street.keys[0])}" in printed
+    expected = zeroflow.evaluate([street[1]], lambda pair: (label.flow, 0.0))
+    assert f"{expected['grid_three_way']:.4f}" in printed
+
+
+def test_check_counts_names_what_is_broken_and_says_whether_it_can_be_used(
+    tmp_path, street_folder, broken_folder, capsys
+):
+    numbers = tmp_path / "numbers.json"
+    zeroflow.label_dataset(
+        data.open_dataset(street_folder),
+        tmp_path / "labels",
+        dataclasses.replace(nsfp.TEACHERS["fast"], iterations=2),
+        1,
+    )
+    common = ["--json", str(numbers), "--device", "cpu", "--model", "narrow"]
+    assert zeroflow.main(["check", "--data", str(street_folder), "--labels", str(tmp_path / "labels"), *common]) == 0
+    printed, found = capsys.readouterr().out, json.loads(numbers.read_text())
+    assert "Argoverse2, 2 logs, 4 pairs" in printed and printed.endswith("can be used\n")
+    assert (found["pairs_read"], found["pairs_broken"], found["pairs_with_true_flow"]) == (4, 0, 4)
+    assert (found["labels_made"], found["labels_found"], found["labels_lacking"]) == (4, 4, 0) and found["is_usable"]
+    street = data.open_dataset(street_folder)
+    sizes = [len(pair.pc0) for pair in street]
+    assert (found["points_least"], found["points_most"]) == (min(sizes), max(sizes))
+    share = np.mean([(~pair.is_ground0).float().mean().item() for pair in street])
+    assert found["share_not_ground"] == pytest.approx(share) and found["seconds_recorded"] == pytest.approx(0.4)
+    assert found["seconds_to_label"] > found["seconds_to_read"] > 0 and found["seconds_to_train"] > 0
+    files = [file for file in street_folder.rglob("*") if file.is_file()]
+    assert found["bytes"] == sum(file.stat().st_size for file in files)
+
+    assert zeroflow.main(["check", "--data", str(broken_folder), *common]) == 1
+    printed, found = capsys.readouterr().out, json.loads(numbers.read_text())
+    assert printed.count("broken: ") == 2 and "not a whole Feather file" in printed and "cannot be used" in printed
+    assert found["pairs_broken"] == 2 and not found["is_usable"]
+    assert zeroflow.main(["check", "--data", str(broken_folder), *common, "--max-broken", "0.5"]) == 0
+    # A label of other rows: the error names its file and the sweep's points.
+    label = zeroflow.label_path(tmp_path / "labels", street.keys[3])
+    made = zeroflow.read_label(tmp_path / "labels", street.keys[3])
+    zeroflow.write_label(tmp_path / "labels", dataclasses.replace(made, flow=made.flow[1:], has_flow=made.has_flow[1:]))
+    capsys.readouterr()
+    assert zeroflow.main(["check", "--data", str(street_folder), "--labels", str(tmp_path / "labels"), *common]) == 1
+    assert f"broken: {label}: has {sizes[3] - 1} rows, its sweep has {sizes[3]} points" in capsys.readouterr().out
+
+
+def test_a_folder_of_clouds_is_labelled_trained_on_and_predicted_as_a_user_types_it(tmp_path, street, capsys):
+    """Two KITTI-like scans without poses or a map."""
+    clouds = tmp_path / "drive" / "velodyne"
+    clouds.mkdir(parents=True)
+    for i, points in enumerate((street[0].pc0, street[0].pc1)):
+        np.concatenate([points.numpy(), np.zeros((len(points), 1), "f4")], axis=1).tofile(clouds / f"{i:06d}.bin")
+    labels, student = str(tmp_path / "labels"), str(tmp_path / "student.pt")
+    data_and_labels = ["--data", str(clouds), "--labels", labels]
+    assert zeroflow.main(["label", *data_and_labels, "--iterations", "2", "--workers", "1"]) == 0
+    assert "taken to be in one frame" in capsys.readouterr().err
+    assert zeroflow.main(["check", *data_and_labels, "--device", "cpu", "--model", "narrow"]) == 0
+    assert "Cloud, 1 logs, 1 pairs" in capsys.readouterr().out
+    assert train.main([*data_and_labels, "--steps", "1", "--out", student, "--device", "cpu"]) == 0
+    files = [str(clouds / f"{i:06d}.bin") for i in (0, 1)]
+    out = tmp_path / "flow.feather"
+    assert zeroflow.main(["predict", "--checkpoint", student, *files, "--out", str(out), "--device", "cpu"]) == 0
+    assert feather.read_table(out).num_rows == len(street[0].pc0)
+    for arguments, message in (
+        (["evaluate", "--data", str(clouds), "--baseline", "nearest"], "no true flow to compare with"),
+        (["check", "--data", str(clouds), "--ground", "raster"], "choose points or none"),
+        (
+            ["submit", "--data", str(clouds), "--baseline", "nearest", "--challenge", "2023", "--out", "s.zip"],
+            "--masks",
+        ),
+    ):
+        assert zeroflow.main(arguments) == 1
+        assert message in capsys.readouterr().err
