@@ -207,6 +207,13 @@ class Pairs(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.keys)
 
+    def __getitem__(self, index: int) -> SweepPair:
+        return self.read(self.keys[index])
+
+    def read(self, key: PairKey) -> SweepPair:
+        """Read any two sweeps of a log. Raises DataError naming the file that is missing, empty or broken."""
+        raise NotImplementedError
+
     def challenge_mask(self, pair: SweepPair) -> torch.Tensor | None:
         """(N0,) bool: the points of a pair that the 2023 challenge scores; None where nobody knows."""
         return None
@@ -258,9 +265,7 @@ class Argoverse2Pairs(Pairs):
                     self.skipped.append(f"{file}: a sweep is named <timestamp_ns>.feather; remove or rename this file")
             self._add_log(log, _log_id(log), stamps, pairs_per_log, sweeps_per_log)
 
-    def __getitem__(self, index: int) -> SweepPair:
-        """Read one pair. Raises DataError naming the file that is missing, empty or broken."""
-        key = self.keys[index]
+    def read(self, key: PairKey) -> SweepPair:
         folder = self._folders[key.log_id]
         log = _read_log(folder, self.true_flow, self.ground)
         points = [_read_sweep(folder / "sensors" / "lidar" / f"{stamp}.feather") for stamp in key[1:]]
@@ -362,9 +367,7 @@ class CloudPairs(Pairs):
             return numbered, numbers, True
         return numbered, [round(number * 1e9 / rate_hz) for number in numbers], False
 
-    def __getitem__(self, index: int) -> SweepPair:
-        """Read one pair. Raises DataError naming the file that is missing, empty or broken."""
-        key = self.keys[index]
+    def read(self, key: PairKey) -> SweepPair:
         (file0, world_SE3_sensor0), (file1, world_SE3_sensor1) = (self._sweeps[stamp] for stamp in key[1:])
         for file, pose in ((file0, world_SE3_sensor0), (file1, world_SE3_sensor1)):
             try:
@@ -907,20 +910,22 @@ CHALLENGES = (2023, 2024)
 EVERY = 5  # both challenges score every fifth pair
 
 
-def challenge_members(dataset: Argoverse2Pairs, challenge: int) -> dict[str, PairKey]:
+def neighbours(dataset: Pairs) -> list[PairKey]:
+    """All two consecutive sweeps of each log in a row, those with a gap between them, too, as the challenges count."""
+    every = dataset.stamps.items()
+    return [PairKey(log_id, *pair) for log_id, stamps in every for pair in itertools.pairwise(stamps)]
+
+
+def challenge_members(dataset: Pairs, challenge: int) -> dict[str, PairKey]:
     """Name in a submission -> pair, of the pairs that a challenge scores.
 
-    2023: every fifth of all the split's pairs in a row, `<log>/<timestamp0_ns>.feather`. 2024: every fifth of each log,
-    `<log>/<i of sweep 0:010d>.feather`. Two neighbours with a gap between them count, too, as they did there.
+    2023: every fifth of all the split's neighbours in a row, `<log>/<timestamp0_ns>.feather`. 2024: every fifth of each
+    log, `<log>/<i of sweep 0:010d>.feather`.
     """
-    neighbours = [
-        (i, PairKey(log_id, *pair))
-        for log_id, stamps in dataset.stamps.items()
-        for i, pair in enumerate(itertools.pairwise(stamps))
-    ]
     if challenge == 2023:
-        return {f"{key.log_id}/{key.timestamp0_ns}.feather": key for _, key in neighbours[::EVERY]}
-    return {f"{key.log_id}/{i:010d}.feather": key for i, key in neighbours if i % EVERY == 0}
+        return {f"{key.log_id}/{key.timestamp0_ns}.feather": key for key in neighbours(dataset)[::EVERY]}
+    numbered = ((dataset.stamps[key.log_id].index(key.timestamp0_ns), key) for key in neighbours(dataset))
+    return {f"{key.log_id}/{i:010d}.feather": key for i, key in numbered if i % EVERY == 0}
 
 
 def challenge_file(pair: SweepPair, residual: torch.Tensor, challenge: int, mask: torch.Tensor | None) -> bytes:
@@ -958,8 +963,12 @@ class ChallengeFiles:
             except (zipfile.BadZipFile, OSError) as error:
                 raise DataError(f"{path}: neither a folder nor a whole zip ({error}); download it again") from error
             names = self._archive.namelist()
-        files = [PurePosixPath(name) for name in sorted(names) if name.endswith(".feather")]
-        self.members = {(file.parent.name, file.stem): str(file) for file in files}
+        self.members: dict[tuple[str, str], str] = {}
+        for file in (PurePosixPath(name) for name in sorted(names)):
+            if file.suffix == ".feather" and not file.name.startswith("."):  # a Mac adds ._ files
+                first = self.members.setdefault((file.parent.name, file.stem), str(file))
+                if first != str(file):
+                    raise DataError(f"{path}: holds both {first} and {file}; choose one of the folders above them")
 
     def read(self, log_id: str, name: str, columns: list[str], rows: int) -> pyarrow.Table:
         """One file. Raises DataError naming it where it is missing or torn, or has other columns or rows."""
@@ -970,15 +979,30 @@ class ChallengeFiles:
         if self._archive is not None:
             try:
                 content = pyarrow.BufferReader(self._archive.read(member))
-            except (zipfile.BadZipFile, zlib.error, OSError, EOFError) as error:
+            except (
+                zipfile.BadZipFile,
+                zlib.error,
+                OSError,
+                EOFError,
+                RuntimeError,
+            ) as error:  # encrypted, or Deflate64
                 raise DataError(f"{file}: cannot be unpacked ({error}); download or make it again") from error
         table = read_feather(file, columns, content)
         if table.num_rows != rows:
             raise DataError(f"{file}: has {table.num_rows} rows, expected {rows}; is it of this sweep and these masks?")
+        for name in columns:
+            kind, is_right = table[name].type, pyarrow.types.is_boolean
+            if name in FLOW_COLUMNS:
+                is_right = pyarrow.types.is_floating
+            if not is_right(kind) or table[name].null_count:
+                raise DataError(f"{file}: its column {name} is {kind}, or has nulls; make the file again")
         return table
 
-    def mask(self, pair: SweepPair) -> torch.Tensor:
-        """(N0,) bool: the points of a pair that the 2023 challenge scores, where these are its masks."""
+    def mask(self, pair: SweepPair) -> torch.Tensor | None:
+        """(N0,) bool: the points of a pair that the 2023 challenge scores, where these are its masks; None of a pair
+        that it does not score."""
+        if (pair.log_id, str(pair.timestamp0_ns)) not in self.members:
+            return None
         table = self.read(pair.log_id, str(pair.timestamp0_ns), ["mask"], len(pair.pc0))
         return torch.from_numpy(table["mask"].to_numpy().astype(bool))
 
@@ -992,14 +1016,16 @@ class ChallengePredictions:
     def __init__(self, path: str | Path, dataset: Argoverse2Pairs, masks: ChallengeFiles | None = None):
         self.files = ChallengeFiles(path)
         self._mask = dataset.challenge_mask if masks is None else masks.mask
-        self._names = {}  # pair -> (log_id, name of the file)
-        is_numbered = all(len(name) == 10 for _, name in self.files.members)
-        self.challenge = 2024 if is_numbered else 2023
+        names = {2023: {}, 2024: {}}  # pair -> (log_id, name of the file)
         for key in dataset.keys:
-            number = f"{dataset.stamps[key.log_id].index(key.timestamp0_ns):010d}"
-            member = key.log_id, number if is_numbered else str(key.timestamp0_ns)
-            if member in self.files.members:
-                self._names[key] = member
+            number = dataset.stamps[key.log_id].index(key.timestamp0_ns)
+            for challenge, name in ((2023, str(key.timestamp0_ns)), (2024, f"{number:010d}")):
+                if (key.log_id, name) in self.files.members:
+                    names[challenge][key] = key.log_id, name
+        if names[2023] and names[2024]:
+            raise DataError(f"{path}: holds files of both challenges; evaluate them one at a time")
+        self.challenge = 2023 if names[2023] else 2024
+        self._names = names[self.challenge]
         self.keys = list(self._names)
         if not self.keys:
             raise DataError(

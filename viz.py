@@ -62,11 +62,15 @@ def draw_flow(ax: Axes, points: torch.Tensor, flow: torch.Tensor) -> None:
 MOST_ERROR_M = 0.5  # where the colours of error maps end, so that maps can be compared
 
 
-def error_map_figure(pair: SweepPair, flow: torch.Tensor, is_input: torch.Tensor, title: str) -> Figure:
+def error_map_figure(
+    pair: SweepPair, flow: torch.Tensor, is_input: torch.Tensor, title: str, half_m: float = 51.2
+) -> Figure:
     """The true flow, and beside it the end-point error of `flow` (N0, 3) at the points `is_input` (N0,)."""
     figure = Figure(figsize=(12, 6), layout="compressed")
     axes = figure.subplots(1, 2, sharex=True, sharey=True)
     points, error = pair.pc0[is_input], (flow - pair.flow)[is_input].norm(dim=1)
+    for ax in axes:
+        draw_points(ax, pair.pc0[pair.is_ground0], GROUND)
     draw_points(axes[0], points, SWEEP0, alpha=0.25)
     draw_flow(axes[0], points, pair.flow[is_input])
     axes[0].set_title("true residual flow")
@@ -83,7 +87,6 @@ def error_map_figure(pair: SweepPair, flow: torch.Tensor, is_input: torch.Tensor
     )
     axes[1].set_title("end-point error")
     figure.colorbar(dots, ax=axes, label="m", extend="max", shrink=0.8)
-    half_m = float(points[:, :2].abs().max()) if len(points) else 1.0
     for ax in axes:
         ax.set(xlim=(-half_m, half_m), ylim=(-half_m, half_m), aspect="equal")
         ax.plot(0, 0, marker=">", color="black")  # the ego
@@ -106,7 +109,11 @@ def error_by_speed_figure(rows: dict[str, dict[str, float]]) -> Figure:
         ax.set(
             title=name, ylabel="EPE (m)", xticks=range(len(labels)), xticklabels=[x.replace("_", " ") for x in labels]
         )
+        ax.set_xlim(-0.5, len(labels) - 0.5)
         ax.grid(axis="y", alpha=0.3)
+        for i, label in enumerate(labels):
+            if not sum(numbers[f"grid_points_{label}_{speed}"] for speed in speeds):
+                ax.annotate("no points", (i, 0), ha="center", va="bottom", color="0.4")
     axes[0].legend(title="true speed")
     return figure
 
@@ -114,16 +121,16 @@ def error_by_speed_figure(rows: dict[str, dict[str, float]]) -> Figure:
 def error_by_distance_figure(rows: dict[str, dict[str, float]]) -> Figure:
     """Mean end-point error by distance from the ego, a panel for each group of the grid's three-way."""
     figure = Figure(figsize=(12, 4), layout="constrained")
-    axes = figure.subplots(1, 3)
+    axes = figure.subplots(1, 3, sharey=True)
     titles = {"fd": "foreground, dynamic", "fs": "foreground, static", "bs": "background"}
     for ax, (group, title) in zip(axes, titles.items(), strict=True):
         for name, numbers in rows.items():
             errors = [numbers[f"grid_epe_{group}_from_{inner}_m"] for inner in metrics.RINGS_M]
             ax.plot(metrics.RINGS_M, errors, marker="o", label=name)
-        ax.set(title=title, xlabel="max(|x|, |y|), from (m)", ylim=(0, None))
-        ax.set_xticks(metrics.RINGS_M)
+        ax.set(title=title, xlabel="max(|x|, |y|), from (m)", xticks=metrics.RINGS_M)
         ax.grid(alpha=0.3)
     axes[0].set_ylabel("EPE (m)")
+    axes[0].set_ylim(bottom=0)
     axes[0].legend()
     return figure
 
@@ -132,18 +139,19 @@ def error_against_time_figure(rows: dict[str, dict[str, float]]) -> Figure:
     """Three-way EPE (`paper`) against seconds a pair: the paper's methods, on its data and GPU, and `rows`."""
     figure = Figure(figsize=(9, 6), layout="constrained")
     ax = figure.subplots()
-    by_error = sorted(metrics.PAPER.items(), key=lambda row: row[1][::-1])
-    for i, (name, (error, ms)) in enumerate(by_error):  # names left and right in turn, since some lie close
+    ax.set(xscale="log", yscale="log", xlabel="seconds a pair", ylabel="three-way EPE (m)")
+    for i, (name, (error, ms)) in enumerate(sorted(metrics.PAPER.items(), key=lambda row: row[1][::-1])):
         ax.plot(ms / 1e3, error, marker="o", color="0.5", linestyle="")
-        side = {"xytext": (6, -3)} if i % 2 else {"xytext": (-6, -3), "ha": "right"}
+        side = {"xytext": (6, -3)} if i % 2 else {"xytext": (-6, -3), "ha": "right"}  # in turn, since some lie close
         ax.annotate(name, (ms / 1e3, error), textcoords="offset points", color="0.4", fontsize=8, **side)
     for name, numbers in rows.items():
-        seconds = numbers["seconds_per_pair"]
-        if not math.isnan(seconds):
-            ax.plot(max(seconds, 4e-3), numbers["paper_three_way"], marker="*", markersize=14, linestyle="", label=name)
-    ax.set(xscale="log", xlim=(3e-3, 300), xlabel="seconds a pair", ylabel="three-way EPE (m)", ylim=(0, None))
-    ax.set_title("grey: the paper's, Argoverse 2's validation split on its GPU; stars: measured here")
+        seconds, error = numbers["seconds_per_pair"], numbers["paper_three_way"]
+        if math.isnan(seconds):
+            ax.axhline(error, linestyle="--", label=f"{name} (time unknown)")
+        else:
+            ax.plot(seconds, error, marker="*", markersize=14, linestyle="", label=name)
+    ax.margins(x=0.2, y=0.1)
+    ax.set_title("grey: the paper's, Argoverse 2's validation split on its GPU; in colour: measured here")
     ax.grid(alpha=0.3, which="both")
-    if ax.get_legend_handles_labels()[0]:
-        ax.legend()
+    ax.legend()
     return figure

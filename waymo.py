@@ -64,9 +64,7 @@ class WaymoPairs(data.Pairs):
             micros = _read_table(self.split / "vehicle_pose" / file.name, [STAMP])[STAMP].to_numpy()
             self._add_log(file, file.stem, (micros * 1000).tolist(), pairs_per_log, sweeps_per_log)
 
-    def __getitem__(self, index: int) -> data.SweepPair:
-        """Read one pair. Raises DataError naming the file that is missing, empty or broken."""
-        key = self.keys[index]
+    def read(self, key: data.PairKey) -> data.SweepPair:
         file_name = f"{key.log_id}.parquet"
         (points0, is_ground0), (points1, is_ground1) = (_read_sweep(self.split, file_name, stamp) for stamp in key[1:])
         pose_file = self.split / "vehicle_pose" / file_name

@@ -615,7 +615,7 @@ def evaluate(
     for index in tqdm(range(len(dataset)), desc="evaluate", unit="pair", disable=len(dataset) < 2):
         try:
             pair = dataset[index]
-            estimate = Estimate(*estimator(pair))
+            estimate = estimator(pair)
         except DataError as error:
             broken += 1
             if broken > max_broken * max(100, len(dataset)):
@@ -623,7 +623,10 @@ def evaluate(
             print(f"left out: {error}", file=sys.stderr)
             continue
         if pair.flow is None:
-            raise DataError(f"{pair.key}: no true flow to compare with; evaluate a split that has annotations.feather")
+            raise DataError(
+                f"{tuple(pair.key)}: no true flow to compare with; evaluate a split with annotations.feather"
+            )
+        check_flow(estimate.flow, pair)
         mask = challenge_mask(pair) if challenge_mask else None
         scores.add(
             estimate.flow,
@@ -645,6 +648,15 @@ def evaluate(
         raise DataError(f"none of {len(dataset)} pairs could be evaluated; see above")
     counts = {"pairs": len(seconds), "broken": broken}
     return counts | scores.numbers() | {"seconds_per_pair": float(np.median(seconds))}
+
+
+def check_flow(flow: torch.Tensor, pair: SweepPair) -> None:
+    """Raise DataError for a flow (N0, 3) that is not finite at a point that is: it would count as no error at all."""
+    is_lost = ~flow.isfinite().all(dim=1) & pair.pc0.isfinite().all(dim=1)
+    if is_lost.any():
+        raise DataError(
+            f"{tuple(pair.key)}: flow is not finite at {int(is_lost.sum())} points; did the training diverge?"
+        )
 
 
 def timed(estimate: Callable[[SweepPair], torch.Tensor], warm_up: bool = False) -> Estimator:
@@ -752,21 +764,24 @@ def write_submission(
     """
     members = data.challenge_members(dataset, challenge)
     if masks is not None:
-        stamps = {(key.log_id, str(key.timestamp0_ns)): key for key in dataset.keys}
-        members = {f"{log_id}/{name}.feather": stamps.get((log_id, name)) for log_id, name in masks.members}
-    index_of = {key: index for index, key in enumerate(dataset.keys)}
-    lost = [name for name, key in members.items() if key not in index_of]
-    if lost:
-        raise DataError(f"{lost[0]}: the challenge scores it, but it is no pair of the data ({len(lost)} such)")
+        every = {(key.log_id, str(key.timestamp0_ns)): key for key in data.neighbours(dataset)}
+        lost = [name for name in masks.members if name not in every]
+        if lost:
+            raise DataError(
+                f"{masks.path}: masks {'/'.join(lost[0])}, which no two sweeps of the data are; is it of this split?"
+            )
+        members = {f"{'/'.join(name)}.feather": every[name] for name in masks.members}
     with atomic_file(file) as out, zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
         if challenge == 2024:
             archive.writestr("metadata.json", json.dumps({"Is Supervised?": is_supervised}))
         for name, key in tqdm(members.items(), desc="submit", unit="pair"):
-            pair = dataset[index_of[key]]
+            pair = dataset.read(key)
             mask = None if challenge == 2024 else masks.mask(pair) if masks else dataset.challenge_mask(pair)
             if challenge == 2023 and mask is None:
                 raise DataError(f"{key.log_id}: no ground raster to make a mask of; give --masks")
-            archive.writestr(name, data.challenge_file(pair, estimator(pair).flow, challenge, mask))
+            flow = estimator(pair).flow
+            check_flow(flow, pair)
+            archive.writestr(name, data.challenge_file(pair, flow, challenge, mask))
     return len(members)
 
 
@@ -1054,7 +1069,10 @@ def add_max_broken(sub: argparse.ArgumentParser) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     estimator = _chosen_estimator(arguments)
+    if arguments.figures:
+        arguments.figures.mkdir(parents=True, exist_ok=True)
     dataset, masks = open_and_tell(arguments.data, arguments), _masks(arguments)
+    pairs_before = len(dataset)
     if arguments.labels:
         labels = open_labels(arguments.labels, dataset)
         estimator = from_labels(labels)
@@ -1068,7 +1086,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     result = evaluate(dataset, estimator, mask, pair_three_ways, arguments.max_broken)
     name = next(str(value) for value in (getattr(arguments, source) for source in SOURCES) if value)
     print(table({name: result}), metrics.report(result), sep="\n\n")
-    if Path(arguments.data).name == "val" and len(dataset.stamps) == metrics.AV2_VAL_LOGS:
+    is_whole = result["pairs"] == pairs_before and len(dataset.stamps) == metrics.AV2_VAL_LOGS
+    if is_whole and Path(arguments.data).name == "val":
         print(metrics.beside_the_paper(name, result))
     if arguments.json:
         with atomic_file(Path(arguments.json)) as file:
@@ -1111,7 +1130,7 @@ def _chosen_estimator(arguments: argparse.Namespace) -> Estimator | None:
         print(f"settings: {settings}")
         torch.set_num_threads(1)
         return from_teacher(settings, arguments.device)
-    return timed(BASELINES[arguments.baseline]) if arguments.baseline else None
+    return timed(BASELINES[arguments.baseline], warm_up=True) if arguments.baseline else None
 
 
 def _draw_figures(folder: Path, dataset, estimator: Estimator, name: str, result: dict, pair_three_ways: dict) -> None:
@@ -1128,8 +1147,8 @@ def _draw_figures(folder: Path, dataset, estimator: Estimator, name: str, result
     for place, index in (("median", order[len(order) // 2]), ("worst", order[-1])) if order else ():
         pair = dataset[index]
         title = f"the {place} pair: {pair.log_id}, {pair.timestamp0_ns}; grid 3-way {pair_three_ways[index]:.3f} m"
-        figures[f"{place}_pair"] = viz.error_map_figure(pair, estimator(pair).flow, input_masks(pair)[0], title)
-    folder.mkdir(parents=True, exist_ok=True)
+        half_m = data.GRID_HALF_EXTENT_M[0]
+        figures[f"{place}_pair"] = viz.error_map_figure(pair, estimator(pair).flow, input_masks(pair)[0], title, half_m)
     for file, figure in figures.items():
         figure.savefig(folder / f"{file}.png", dpi=120)
     print(f"figures: {folder}/" + ".png, ".join(figures) + ".png")
@@ -1140,6 +1159,8 @@ def _submit(arguments: argparse.Namespace) -> int:
         raise DataError(f"{arguments.out}: choose a name that ends in .zip")
     if arguments.masks and arguments.challenge == 2024:
         raise DataError("--masks: are of the 2023 challenge; that of 2024 scores every point")
+    if arguments.supervised and arguments.challenge == 2023:
+        raise DataError("--supervised: is asked in 2024 only")
     estimator, masks = _chosen_estimator(arguments), _masks(arguments)
     dataset = open_and_tell(arguments.data, arguments, true_flow=False)
     if arguments.labels:

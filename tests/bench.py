@@ -100,10 +100,9 @@ def teacher(folder: str) -> None:
     for seed in range(5):
         fast = zeroflow.from_teacher(nsfp.NSFPSettings(seed=seed))
 
-        def in_cpu_time(pair: data.SweepPair, fast: zeroflow.Estimator = fast) -> tuple[torch.Tensor, float]:
+        def in_cpu_time(pair: data.SweepPair, fast: zeroflow.Estimator = fast) -> zeroflow.Estimate:
             start = time.process_time()
-            flow, _ = fast(pair)
-            return flow, time.process_time() - start
+            return fast(pair)._replace(seconds=time.process_time() - start)
 
         results.append(zeroflow.evaluate(pairs, in_cpu_time))
         times.append(results[-1]["seconds_per_pair"])
@@ -125,17 +124,17 @@ def published(folder: str) -> None:
     some = [streets[index] for index in (0, 3)]
     flows = {}
 
-    def refined(pair: data.SweepPair) -> tuple[torch.Tensor, float]:
+    def refined(pair: data.SweepPair) -> zeroflow.Estimate:
         """Chodosh's teacher, from the published one's flow."""
         rows, flow = zeroflow.input_masks(pair)[0], torch.zeros_like(pair.pc0)
         start = time.perf_counter()
         flow[rows] = nsfp.refine_flow(pair.pc0[rows], flows[pair.key][rows], settings=nsfp.TEACHERS["chodosh"])
-        return flow, time.perf_counter() - start
+        return zeroflow.Estimate(flow, time.perf_counter() - start)
 
-    def fitted(pair: data.SweepPair) -> tuple[torch.Tensor, float]:
-        flow, seconds = zeroflow.from_teacher(nsfp.TEACHERS["published"])(pair)
-        flows[pair.key] = flow
-        return flow, seconds
+    def fitted(pair: data.SweepPair) -> zeroflow.Estimate:
+        estimate = zeroflow.from_teacher(nsfp.TEACHERS["published"])(pair)
+        flows[pair.key] = estimate.flow
+        return estimate
 
     rows = {"no motion": zeroflow.evaluate(some, zeroflow.timed(zeroflow.no_motion))}
     rows["fast"] = zeroflow.evaluate(some, zeroflow.from_teacher(nsfp.TEACHERS["fast"]))

@@ -1,6 +1,8 @@
 """Files of the 2023 and 2024 challenges: written, taken by Argoverse's own tools where installed, and read back."""
 
+import dataclasses
 import json
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from pyarrow import feather
 import data
 import metrics
 import synthetic
+import viz
 import zeroflow
 
 
@@ -132,21 +135,88 @@ def test_given_masks_say_which_pairs_and_points_are_written(tmp_path, logs):
         assert table.num_rows == masks[key].sum()
     numbers = evaluated(logs, file, given)
     assert numbers["pairs"] == 2 and numbers["av2_three_way"] < 1e-3
-    with pytest.raises(data.DataError, match="rows, expected .* of these|is it of this sweep and these masks"):
+    with pytest.raises(data.DataError, match="is it of this sweep and these masks"):
         evaluated(logs, file)  # our own masks have other points
+    # The points outside say nothing, so they stand.
+    predictions = data.ChallengePredictions(file, logs, given)
+    pair = logs[2]
+    assert predictions(pair)[0][~torch.from_numpy(masks[pair.key])].eq(0).all() and pair.pc0.norm() > 0
 
 
-def test_a_submission_that_would_lack_a_pair_is_not_written(tmp_path, logs):
-    without = open_again(logs)
-    del without.keys[5]
-    with pytest.raises(data.DataError, match="the challenge scores it, but it is no pair of the data .1 such."):
-        zeroflow.write_submission(tmp_path / "x.zip", without, truth, 2023)
+def test_masks_say_which_pairs_the_av2_numbers_are_of(tmp_path, logs, capsys):
+    """As the challenge's own masks do: with some pairs only, every other number is still of all."""
+    split = str(next(iter(logs._folders.values())).parent)
+    write_masks(logs, tmp_path / "masks.zip", [logs.keys[2]])
+    found = {}
+    for name, options in {"all": [], "masked": ["--masks", str(tmp_path / "masks.zip")]}.items():
+        numbers = tmp_path / "numbers.json"
+        assert (
+            zeroflow.main(["evaluate", "--data", split, "--baseline", "nearest", "--json", str(numbers), *options]) == 0
+        )
+        found[name] = json.loads(numbers.read_text())
+    given = data.ChallengeFiles(tmp_path / "masks.zip")
+    alone = zeroflow.evaluate([logs[2]], zeroflow.timed(zeroflow.nearest_neighbour), given.mask)
+    assert found["masked"]["av2_three_way"] == pytest.approx(alone["av2_three_way"])
+    assert found["masked"]["av2_three_way"] != pytest.approx(found["all"]["av2_three_way"], abs=1e-4)
+    assert found["masked"]["grid_three_way"] == found["all"]["grid_three_way"] and found["masked"]["pairs"] == 14
+    submit = [
+        "submit",
+        "--data",
+        split,
+        "--baseline",
+        "nearest",
+        "--challenge",
+        "2023",
+        "--out",
+        str(tmp_path / "s.zip"),
+    ]
+    assert zeroflow.main([*submit, "--masks", str(tmp_path / "masks.zip")]) == 0
+    assert "s.zip: 1 pairs for the challenge of 2023" in capsys.readouterr().out
+    write_masks(logs, tmp_path / "foreign.zip", [logs.keys[2]], prefix="x")  # xstreet-..., no log of ours
+    assert zeroflow.main([*submit, "--masks", str(tmp_path / "foreign.zip")]) == 1
+    assert "which no two sweeps of the data are" in capsys.readouterr().err
 
+
+def test_accuracy_and_angle_of_the_2023_challenge_are_of_raw_flow(logs):
+    """An error of 7 cm is 7 % of an ego step of a metre, and all of a residual of nothing."""
+    pair = logs[0]
+    off = zeroflow.Estimate(pair.flow + torch.tensor([0.11, 0, 0]), 0.0)
+    numbers = zeroflow.evaluate([pair], lambda _: off, logs.challenge_mask)
+    step = np.linalg.norm(pair.ego1_SE3_ego0.numpy()[:3, 3])
+    assert step < 1.1 and numbers["av2_acc_relaxed_background_static"] == 0
+    far = dataclasses.replace(pair, ego1_SE3_ego0=torch.eye(4, dtype=torch.float64))
+    far.ego1_SE3_ego0[0, 3] = -2.0
+    numbers = zeroflow.evaluate([far], lambda _: off, lambda pair: logs.challenge_mask(logs[0]))
+    assert numbers["av2_acc_relaxed_background_static"] == 1  # 5.5 % of two metres
+    assert numbers["av2_acc_strict_background_static"] == 0 and numbers["grid_acc_relaxed"] < 0.5
+
+
+def test_a_pair_with_a_gap_is_no_pair_and_still_in_a_submission(tmp_path, logs):
+    """As in av2's own loader: of a log whose sweep 6 is lost, pair 5 is of sweeps 5 and 7."""
+    shutil.copytree(logs._folders[logs.keys[0].log_id], tmp_path / "val" / "log")
+    lost = tmp_path / "val" / "log" / "sensors" / "lidar" / f"{logs.stamps[logs.keys[0].log_id][6]}.feather"
+    lost.unlink()
+    dataset = data.open_dataset(tmp_path / "val")
+    assert len(dataset) == 5 and len(dataset.skipped) == 1
+    assert zeroflow.write_submission(tmp_path / "s.zip", dataset, truth, 2023) == 2
+    with zipfile.ZipFile(tmp_path / "s.zip") as archive:
+        assert sorted(archive.namelist())[1] == f"log/{dataset.stamps['log'][5]}.feather"
+
+
+def test_a_submission_that_would_lack_a_pair_or_a_number_is_not_written(tmp_path, logs):
     def fails(pair):
         raise data.DataError("no label")
 
     with pytest.raises(data.DataError, match="no label"):
         zeroflow.write_submission(tmp_path / "x.zip", logs, fails, 2024)
+
+    def diverged(pair):
+        return zeroflow.Estimate(torch.where(torch.arange(len(pair.flow))[:, None] == 5, torch.nan, pair.flow), 0.0)
+
+    with pytest.raises(data.DataError, match="flow is not finite at 1 points; did the training diverge"):
+        zeroflow.write_submission(tmp_path / "x.zip", logs, diverged, 2024)
+    with pytest.raises(data.DataError, match="flow is not finite at 1 points"):
+        zeroflow.evaluate(logs, diverged, max_broken=1)
     assert not list(tmp_path.iterdir())  # nothing, not half of it
 
 
@@ -237,7 +307,25 @@ def test_files_that_cannot_be_a_challenges_are_named(tmp_path, logs):
     short.parent.mkdir(parents=True)
     columns = {name: np.zeros(3, dtype=np.float16) for name in data.FLOW_COLUMNS}
     feather.write_feather(pyarrow.table({**columns, "is_valid": np.ones(3, dtype=bool)}), short)
+    shutil.copytree(tmp_path / "short", tmp_path / "twice" / "a")
+    shutil.copytree(tmp_path / "short", tmp_path / "twice" / "b")
+    both = tmp_path / "both"
+    shutil.copytree(tmp_path / "short", both)
+    shutil.copy(short, both / logs.keys[0].log_id / f"{logs.keys[0].timestamp0_ns}.feather")
+    words = tmp_path / "words" / logs.keys[0].log_id / "0000000000.feather"
+    words.parent.mkdir(parents=True)
+    count = len(logs[0].pc0)
+    flow = {name: np.zeros(count, dtype=np.float16) for name in data.FLOW_COLUMNS}
+    feather.write_feather(pyarrow.table({**flow, "is_valid": ["no"] * count}), words)
+    nulls = tmp_path / "nulls" / logs.keys[0].log_id / "0000000000.feather"
+    nulls.parent.mkdir(parents=True)
+    none = pyarrow.array([None] + [0.0] * (count - 1))
+    feather.write_feather(pyarrow.table({**flow, "flow_tx_m": none, "is_valid": [True] * count}), nulls)
     for name, message in (
+        ("twice", "holds both a/.* and b/.*; choose one of the folders"),
+        ("both", "holds files of both challenges"),
+        ("words", "its column is_valid is string"),
+        ("nulls", "its column flow_tx_m is double, or has nulls"),
         ("no.zip", "no.zip: no such file or folder"),
         ("torn.zip", "torn.zip: neither a folder nor a whole zip"),
         ("damaged.zip", "damaged.zip/.*: cannot be unpacked"),
@@ -273,10 +361,15 @@ def test_submit_and_evaluate_as_a_user_types_them(tmp_path, logs, capsys):
     pictures = sorted(file.name for file in figures.iterdir())
     names = ("error_against_time", "error_by_distance", "error_by_speed", "median_pair", "worst_pair")
     assert pictures == [f"{name}.png" for name in names]
+    assert "as for the challenge of 2024" in printed
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in figures.iterdir())
     for arguments, message in (
         (["submit", *common, "--baseline", "nearest", "--challenge", "2024", "--out", "s.tar"], "ends in .zip"),
         (["submit", *common, "--baseline", "nearest", "--challenge", "2024", "--out", "s.zip", "--masks", "m"], "2023"),
+        (
+            ["submit", *common, "--baseline", "nearest", "--challenge", "2023", "--out", "s.zip", "--supervised"],
+            "in 2024",
+        ),
         (["evaluate", *common, "--predictions", "no.zip"], "no.zip: no such file or folder"),
         (["evaluate", *common, "--baseline", "nearest", "--masks", "no.zip"], "no.zip: no such file or folder"),
     ):
@@ -293,6 +386,53 @@ def test_the_papers_rows_stand_beside_a_whole_validation_split_only(logs, monkey
     assert zeroflow.main(arguments) == 0
     rows = capsys.readouterr().out.split("the paper, same split")[1].splitlines()[1:]
     assert rows[0].split()[:3] == ["ZeroFlow", "XL", "5x"] and any(row.startswith("no-motion *") for row in rows)
+
+
+# --- Figures ---------------------------------------------------------------------------------------------------------
+
+
+def test_error_figures_show_the_numbers_they_are_given(logs):
+    pair = logs[0]
+    numbers = zeroflow.evaluate(logs, with_errors)
+    numbers |= {"paper_three_way": 0.123, "seconds_per_pair": 400.0}
+    ax = viz.error_against_time_figure({"ours": numbers}).axes[0]
+    points = {line.get_label(): line.get_xydata()[0].tolist() for line in ax.lines}
+    assert points["ours"] == [400.0, 0.123] and ax.get_xlim()[1] > 400
+    assert [26.285, 0.068] in [line.get_xydata()[0].tolist() for line in ax.lines]
+    unknown = viz.error_against_time_figure({"file": numbers | {"seconds_per_pair": float("nan")}}).axes[0]
+    assert "file (time unknown)" in [text.get_text() for text in unknown.get_legend().get_texts()]
+    axes = viz.error_by_distance_figure({"ours": numbers}).axes
+    for ax, group in zip(axes, ("fd", "fs", "bs"), strict=True):
+        expected = [numbers[f"grid_epe_{group}_from_{inner}_m"] for inner in (0, 10, 20, 30, 40)]
+        np.testing.assert_array_equal(ax.lines[0].get_ydata(), expected)
+        assert ax.get_ylim() == axes[0].get_ylim()  # panels to be compared
+    bars = viz.error_by_speed_figure({"ours": numbers}).axes[0].patches
+    heights = [bar.get_height() for bar in bars if bar.get_width() == 0.25]
+    assert numbers["grid_epe_car_above_2_mps"] in heights and len(heights) == 15
+    is_input = zeroflow.input_masks(pair)[0]
+    flow = with_errors(pair).flow
+    colours = viz.error_map_figure(pair, flow, is_input, "title").axes[1].collections[-1]
+    expected = np.sort((flow - pair.flow)[is_input].norm(dim=1))
+    np.testing.assert_allclose(colours.get_array(), expected)  # large errors are drawn last, on top
+    assert colours.get_clim() == (0, 0.5)
+
+
+def test_the_worst_and_the_median_pair_are_drawn(tmp_path, logs, monkeypatch):
+    titles = []
+    monkeypatch.setattr(viz, "error_map_figure", lambda *a: titles.append(a[3]) or viz.Figure())
+    three_ways = dict(enumerate([0.3, float("nan"), 0.1, 0.5, 0.2, 0.4]))
+    result = zeroflow.evaluate([logs[0]], truth)
+    zeroflow._draw_figures(tmp_path, logs, truth, "name", result, three_ways)
+    assert "the median pair" in titles[0] and titles[0].endswith("0.300 m")
+    assert "the worst pair" in titles[1] and titles[1].endswith("0.500 m")
+    assert f"{logs.keys[3].timestamp0_ns}" in titles[1]
+
+
+def test_times_are_of_a_warm_method():
+    calls = []
+    estimator = zeroflow.timed(lambda pair: calls.append(pair) or torch.zeros(1, 3), warm_up=True)
+    estimator("a"), estimator("b")
+    assert calls == ["a", "a", "b"]
 
 
 # --- As Argoverse's own tools see it ---------------------------------------------------------------------------------

@@ -50,13 +50,16 @@ def test_group_means_by_hand():
     means = metrics.GroupMeans([3])
     means.add(torch.tensor([FD, FD, FS, OUT]), {"epe": torch.tensor([1.0, 3.0, 0.5, torch.nan])})
     assert means.mean().tolist()[:2] == [2.0, 0.5] and math.isnan(means.mean()[2])  # no background: NaN, not 0
-    assert metrics.three_way(means.mean())[""] == 1.25  # ... and out of the mean
+    assert metrics.three_way(means.mean(), means.counts)[""] == 1.25  # ... and out of the mean
     assert means.mean(over=[0]).item() == 1.5
     means.add(torch.full((4,), BS), {"epe": torch.tensor([0.1, 0.3, 0.2, 0.2])})
     assert means.mean().tolist() == pytest.approx([2.0, 0.5, 0.2])
-    assert metrics.three_way(means.mean()) == pytest.approx({"": 0.9, "_fd": 2.0, "_fs": 0.5, "_bs": 0.2})
+    assert metrics.three_way(means.mean(), means.counts) == pytest.approx({"": 0.9, "_fd": 2.0, "_fs": 0.5, "_bs": 0.2})
     assert means.mean(over=[0]).item() == pytest.approx((1 + 3 + 0.5 + 0.8) / 7)
-    assert math.isnan(metrics.three_way(metrics.GroupMeans([3]).mean())[""])
+    empty = metrics.GroupMeans([3])
+    assert math.isnan(metrics.three_way(empty.mean(), empty.counts)[""])
+    means.add(torch.tensor([FS]), {"epe": torch.tensor([torch.nan])})
+    assert math.isnan(metrics.three_way(means.mean(), means.counts)[""])  # an unknown error is not a good one
 
 
 def test_sums_stay_exact_over_many_sweeps():
@@ -237,6 +240,19 @@ def test_a_bucket_by_hand():
     assert numbers["grid_epe_other_above_2_mps"] == pytest.approx(9)
 
 
+def test_an_error_that_is_no_number_makes_no_number_better():
+    """Without the one mover whose estimate is NaN, every mean over groups would be lower."""
+    whole, torn = a_sweep(0, 20_000), a_sweep(0, 20_000)
+    is_everywhere = whole.is_input & whole.is_valid & whole.is_in_mask & (whole.points.abs().amax(dim=1) < 30)
+    is_car = whole.category == CATEGORY["REGULAR_VEHICLE"]
+    row = int((is_everywhere & is_car & (whole.flow.norm(dim=1) > 0.5) & (whole.points[:, 2].abs() < 2)).nonzero()[0])
+    torn.estimate[row] = torn.raw[0][row] = torch.nan
+    before, after = scores_of(whole), scores_of(torn)
+    for key in ("epe", "grid_epe", "grid_three_way", "paper_three_way", "av2_three_way", "three_way_2024"):
+        assert math.isnan(after[key]) and not math.isnan(before[key]), key
+    assert math.isnan(after["bucketed_dynamic_mean"]) and math.isnan(after["bucketed_dynamic_car"])
+
+
 def test_what_counts_in_2024_and_within_35_m():
     points = [[34.9, 0, 0], [35, 0, 0], [0, -47.9, 0], [48, 0, 0], [0, 0, 2.4], [0, 0, -2.5], [torch.nan, 0, 0]]
     no = torch.zeros(7, dtype=torch.bool)
@@ -252,6 +268,17 @@ def test_what_counts_in_2024_and_within_35_m():
     assert numbers["three_way_2024_bs"] == (1 + 5) / 2 and numbers["three_way_2024_all_distances_bs"] == 11 / 4
     assert numbers["paper_three_way_bs"] == (1 + 2 + 5 + 6) / 4  # 35 m is within
     assert numbers["epe"] == (1 + 2 + 3 + 4 + 5 + 6) / 6  # a point that is nowhere has no error
+    # At exactly 35 m a point is close to the paper and to av2, and far in 2024.
+    assert numbers["grid_points_background_below_0.5_mps_far"] == 2
+    assert numbers["grid_points_background_below_0.5_mps_close"] == 5
+    is_valid = torch.tensor([True, False, True, True, True, True, True])
+    scores = metrics.Scores(data.CATEGORIES)
+    raw, is_known = (estimate, torch.zeros(7, 3)), torch.tensor(points).isfinite().all(dim=1)
+    scores.add(estimate, raw[1], torch.tensor(points), kind, no, is_valid, no, ~no, raw, is_known, says_dynamic=~no)
+    numbers = scores.numbers()
+    assert numbers["epe"] == (1 + 3 + 4 + 5 + 6) / 5  # nor has one whose true flow is not known
+    assert numbers["grid_epe"] == 4 and numbers["av2_epe_background_static_close"] == (1 + 5 + 6) / 3
+    assert numbers["av2_epe_background_static_far"] == (3 + 4) / 2
 
 
 def test_rings_and_dynamic_iou_by_hand():
@@ -267,8 +294,8 @@ def test_rings_and_dynamic_iou_by_hand():
     assert numbers["grid_epe_fs_from_30_m"] == 0.5 and numbers["grid_epe_fs_from_40_m"] == pytest.approx(0.04)
     assert math.isnan(numbers["grid_epe_bs_from_0_m"])
     assert numbers["grid_dynamic_iou"] == pytest.approx(1 / 3)  # found one of two, and one that is none
-    scores.add(estimate, torch.zeros(4, 3), points, car, is_dynamic, yes, ~yes, yes, says_dynamic=is_dynamic)
-    assert scores.numbers()["grid_dynamic_iou"] == pytest.approx(3 / 5)
+    scores.add(estimate, torch.zeros(4, 3), points, car, is_dynamic, ~yes, ~yes, yes, says_dynamic=is_dynamic)
+    assert scores.numbers()["grid_dynamic_iou"] == pytest.approx(3 / 5)  # the grid's: valid or not
 
 
 def test_av2_numbers_are_those_of_the_av2_package():
@@ -364,3 +391,15 @@ def test_the_order_of_points_and_of_sweeps_and_how_they_are_cut_do_not_matter():
     assert all(
         with_far[key] == pytest.approx(value, rel=1e-12, nan_ok=True) for key, value in whole.items() if key != "epe"
     )
+
+
+def test_the_papers_rows_are_its_own_and_ours_stands_among_them():
+    known = {"ZeroFlow 1x": (0.087, 29.33), "ZeroFlow XL 5x": (0.054, 260.6), "FastFlow3D (human)": (0.076, 29.33)}
+    known |= {"NSFP": (0.068, 26285), "Chodosh et al.": (0.061, 35281), "ICP": (0.204, 523), "EgoFlow": (0.205, 2116)}
+    known |= {"Gojcic et al.": (0.083, 6088), "PPWC": (0.13, 79), "Sim2Real": (0.157, 99), "FlowStep3D": (0.161, 688)}
+    assert {name: metrics.PAPER[name] for name in known} == known
+    rows = metrics.beside_the_paper("NSFP", {"paper_three_way": 0.07, "seconds_per_pair": 2.5}).splitlines()[2:]
+    errors = [float(row.split()[-2]) for row in rows]
+    assert len(rows) == len(metrics.PAPER) + 1 and errors == sorted(errors)
+    assert ["NSFP", "*", "0.0700", "2500.0"] in [row.split() for row in rows]
+    assert ["NSFP", "0.0680", "26285.0"] in [row.split() for row in rows]

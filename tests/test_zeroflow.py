@@ -74,7 +74,7 @@ def test_evaluation_pools_points_and_gives_the_mean_over_pairs_beside_it():
     assert result["grid_three_way_fd"] == pytest.approx(7 / 4)
     assert result["grid_three_way_pair_mean"] == pytest.approx(1.5)
     assert (result["pairs"], result["points"]) == (2, 4)
-    perfect = zeroflow.evaluate([one, three], lambda pair: (pair.flow, 0.1))
+    perfect = zeroflow.evaluate([one, three], lambda pair: zeroflow.Estimate(pair.flow, 0.1))
     assert perfect["grid_epe"] == perfect["paper_three_way"] == 0 and perfect["seconds_per_pair"] == 0.1
 
 
@@ -386,7 +386,7 @@ def test_labels_that_cover_some_pairs_are_evaluated_on_those_and_it_is_said(tmp_
     assert zeroflow.main(["evaluate", "--data", str(street_folder), "--labels", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert f"{tmp_path}: has 1 of 4 pairs; without is, for one, {tuple(street.keys[0])}" in printed
-    expected = zeroflow.evaluate([street[1]], lambda pair: (label.flow, 0.0))
+    expected = zeroflow.evaluate([street[1]], lambda pair: zeroflow.Estimate(label.flow, 0.0))
     assert f"{expected['grid_three_way']:.4f}" in printed
 
 
