@@ -23,6 +23,7 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -150,6 +151,10 @@ def _log_id(folder: Path) -> str:
     return os.path.basename(os.path.abspath(folder))  # of "." and "..", too
 
 
+def _parent(folder: Path) -> Path:
+    return Path(os.path.abspath(folder)).parent  # of "..", too
+
+
 def _is_waymo(folder: Path) -> bool:
     return (folder / "lidar").is_dir() and (folder / "vehicle_pose").is_dir()
 
@@ -275,8 +280,8 @@ class Argoverse2Pairs(Pairs):
         truth = {}
         if log.boxes is not None:
             boxes0, boxes1 = (log.boxes.get(stamp, []) for stamp in key[1:])
-            truth = dict(zip(_TRUTH_FIELDS, true_residual_flow(points[0], boxes0, boxes1, ego1_SE3_ego0), strict=True))
-        return _make_pair(key, points, is_ground, ego1_SE3_ego0, truth)
+            truth = dict(zip(TRUTH_FIELDS, true_residual_flow(points[0], boxes0, boxes1, ego1_SE3_ego0), strict=True))
+        return make_pair(key, points, is_ground, ego1_SE3_ego0, truth)
 
     def challenge_mask(self, pair: SweepPair) -> torch.Tensor | None:
         """(N0,) bool: the points that the 2023 challenge scores, by av2's rule of ground; None without its raster."""
@@ -289,11 +294,13 @@ class Argoverse2Pairs(Pairs):
         return torch.from_numpy((np.abs(points[:, :2]) <= 50).all(axis=1) & ~is_ground)
 
 
-_TRUTH_FIELDS = ("flow", "category", "is_dynamic", "is_valid")
+TRUTH_FIELDS = ("flow", "category", "is_dynamic", "is_valid")
 
 
-def _make_pair(key: PairKey, points: list, is_ground: list, ego1_SE3_ego0: np.ndarray, truth: dict) -> SweepPair:
-    """Both sweeps (N, 3) float64 come in their own ego frames."""
+def make_pair(
+    key: PairKey, points: list[np.ndarray], is_ground: list[np.ndarray], ego1_SE3_ego0: np.ndarray, truth: dict
+) -> SweepPair:
+    """Of two sweeps (N, 3) float64, each in its own ego frame, their ground, and the truth by name where known."""
     return SweepPair(
         pc0=torch.from_numpy(points[0].astype(np.float32)),
         pc1=torch.from_numpy(transform(inverse(ego1_SE3_ego0), points[1]).astype(np.float32)),
@@ -310,12 +317,28 @@ def _is_number(stem: str) -> bool:
     return stem.isdecimal() and str(int(stem)) == stem
 
 
+def _name_as_number(stem: str) -> int | Fraction | None:
+    """Exactly: a float has steps of a quarter of a microsecond at today's seconds."""
+    if re.fullmatch(r"[0-9]{1,19}", stem):
+        return int(stem)
+    return Fraction(stem) if re.fullmatch(r"[0-9]{1,11}\.[0-9]{1,9}", stem) else None
+
+
+def _stamp_unit_ns(largest: int | float | Fraction) -> int:
+    """Of time stamps since 1970, or since a machine's start where a decimal point says seconds; 0 for mere counts."""
+    for least, unit_ns in ((1e17, 1), (1e14, 1_000), (1e11, 1_000_000)):
+        if largest >= least:
+            return unit_ns
+    return 1_000_000_000 if isinstance(largest, float | Fraction) else 0
+
+
 class CloudPairs(Pairs):
     """Pairs of a folder of clouds, each in its own sensor frame, and their poses. The log id is the folder's name and
     that of the one above it: many a folder is called velodyne.
 
-    Names that are whole numbers from 1e15 on are time stamps in ns; smaller ones count sweeps that come at `rate_hz`;
-    where most names are no numbers, the order of names counts. A gap of more than one and a half sweeps is no pair.
+    Names that are numbers are time stamps (in ns, us, ms or, with a decimal point, s, as their size tells), or small
+    ones that count sweeps which come at `rate_hz`; where most are no numbers, the order of names counts. A gap of more
+    than one and a half sweeps is no pair.
 
     poses: a file of world_SE3_sensor, see `read_poses`; else poses.txt or city_SE3_egovehicle.feather in the folder or
     the one above it; else the clouds are taken to be in one frame, and a note says so.
@@ -350,22 +373,22 @@ class CloudPairs(Pairs):
             if stamp in self._sweeps:
                 self.skipped.append(f"{file}: has the time of {self._sweeps[stamp][0].name}; remove one of them")
             self._sweeps.setdefault(stamp, (file, pose))
-        log_id = f"{_log_id(folder.absolute().parent)}-{_log_id(folder)}"
+        log_id = f"{_log_id(_parent(folder))}-{_log_id(folder)}"
         self._add_log(folder, log_id, self._sweeps, pairs_per_log, sweeps_per_log, round(1.5e9 / rate_hz))
 
     def _stamp(self, files: list[Path], rate_hz: float) -> tuple[list[Path], list[int], bool]:
         """Those files that are sweeps, their time stamps in ns, and whether those came from the names."""
-        numbered = [file for file in files if file.stem.isdecimal() and int(file.stem) < 2**63]
+        numbers = {file: _name_as_number(file.stem) for file in files}
+        numbered = [file for file in files if numbers[file] is not None]
         if 2 * len(numbered) <= len(files):
             return files, [round(i * 1e9 / rate_hz) for i in range(len(files))], False
-        others = (file for file in files if file not in set(numbered))
-        self.skipped += [
-            f"{file}: has no number for a name, as the others have; remove or rename it" for file in others
-        ]
-        numbers = [int(file.stem) for file in numbered]
-        if max(numbers) >= 1e15:
-            return numbered, numbers, True
-        return numbered, [round(number * 1e9 / rate_hz) for number in numbers], False
+        for file in files:
+            if numbers[file] is None:
+                self.skipped.append(f"{file}: has no number for a name, as the others have; remove or rename it")
+        unit_ns = _stamp_unit_ns(max(numbers[file] for file in numbered))
+        if unit_ns:
+            return numbered, [int(numbers[file] * unit_ns) for file in numbered], True
+        return numbered, [round(numbers[file] * 1e9 / rate_hz) for file in numbered], False
 
     def read(self, key: PairKey) -> SweepPair:
         (file0, world_SE3_sensor0), (file1, world_SE3_sensor1) = (self._sweeps[stamp] for stamp in key[1:])
@@ -376,7 +399,7 @@ class CloudPairs(Pairs):
                 raise DataError(f"{self.pose_file}: no pose for {file.name} ({error}); remove that cloud") from error
         points = [_read_sweep(file) for file in (file0, file1)]
         is_ground = [_GROUND_WITHOUT_MAP[self.ground](each) for each in points]
-        return _make_pair(key, points, is_ground, inverse(world_SE3_sensor1) @ world_SE3_sensor0, {})
+        return make_pair(key, points, is_ground, inverse(world_SE3_sensor1) @ world_SE3_sensor0, {})
 
 
 # --- Ego-motion ------------------------------------------------------------------------------------------------------
@@ -466,7 +489,7 @@ class GroundVectorMap:
         corners = np.concatenate(lines)[:, :2]
         self._low = corners.min(axis=0) - self.margin_m
         extent = corners.max(axis=0) + self.margin_m - self._low
-        if extent.max() > 5_000:
+        if extent.max() > 2_000:
             raise ValueError(f"its points span {extent.max():.0f} m, a log's no more than some hundreds")
         vertices = _densify(lines)
         self._tree, self._vertex_z = cKDTree(vertices[:, :2]), vertices[:, 2]
@@ -795,7 +818,7 @@ def read_pose(file: str | Path) -> np.ndarray:
 
 def _find_poses(folder: Path) -> Path | None:
     names = ("poses.txt", "city_SE3_egovehicle.feather")
-    files = (where / name for where in (folder, folder.absolute().parent) for name in names)
+    files = (where / name for where in (folder, _parent(folder)) for name in names)
     return next((file for file in files if file.is_file()), None)
 
 
@@ -804,8 +827,8 @@ def read_poses(file: Path, folder: Path, stamps_ns: list[int], is_stamped: bool)
 
     Rows of 12 numbers are KITTI's 3 x 4, one a cloud, in the clouds' order. KITTI's are of the left camera: where a
     calib.txt with `Tr:` (camera_SE3_lidar) lies beside them, they are made the lidar's, and a note says so. Rows of 8
-    are TUM's `stamp tx ty tz qx qy qz qw` (s, or ns from 1e15 on), and a .feather file has Argoverse 2's columns. Those
-    two go by time, to within 1 ms, if the clouds' names are time stamps, else by order.
+    are TUM's `stamp tx ty tz qx qy qz qw` (s, or by its size ms, us or ns), and a .feather file has Argoverse 2's
+    columns. Those two go by time, to within 1 ms, if the clouds' names are time stamps, else by order.
     Raises DataError naming the file.
     """
     pose_ns, world_SE3_sensors, notes = _pose_rows(file)
@@ -815,6 +838,8 @@ def read_poses(file: Path, folder: Path, stamps_ns: list[int], is_stamped: bool)
                 f"{file}: has {len(world_SE3_sensors)} poses for the {len(stamps_ns)} clouds of {folder}; give one each"
             )
         return world_SE3_sensors, notes
+    if not np.isfinite(pose_ns).all():
+        raise DataError(f"{file}: has a time stamp that is no number; make it again, or give another")
     off_ns, nearest = cKDTree(pose_ns[:, None]).query(np.array(stamps_ns, dtype=float)[:, None])
     if (off_ns > 1e6).all():
         raise DataError(f"{file}: has no pose within 1 ms of any cloud of {folder}; do its stamps have another origin?")
@@ -836,8 +861,9 @@ def _pose_rows(file: Path) -> tuple[np.ndarray | None, np.ndarray, list[str]]:
             return None, *_kitti_poses(rows, file.with_name("calib.txt"))
         if rows.shape[1] != 8:
             raise ValueError(f"it has {rows.shape[1]} numbers a row, and a pose 12 (KITTI) or 8 (TUM)")
-        stamp_unit_ns = 1 if rows[:, 0].max() >= 1e15 else 1e9
-        return rows[:, 0] * stamp_unit_ns, _poses(rows[:, [7, 4, 5, 6, 1, 2, 3]]), []
+        return rows[:, 0] * _stamp_unit_ns(float(rows[:, 0].max())), _poses(rows[:, [7, 4, 5, 6, 1, 2, 3]]), []
+    except DataError:
+        raise
     except (OSError, ValueError) as error:
         raise DataError(f"{file}: its poses cannot be read ({error}); make it again, or give another") from error
 
@@ -847,7 +873,10 @@ def _kitti_poses(rows: np.ndarray, calibration: Path) -> tuple[np.ndarray, list[
     poses = _rigid(rows.reshape(-1, 3, 4)[..., :3], rows.reshape(-1, 3, 4)[..., 3])
     lines = calibration.read_text().splitlines() if calibration.is_file() else []
     for numbers in (line.split()[1:] for line in lines if line.startswith("Tr:")):
-        camera_SE3_lidar = np.vstack([np.array(numbers, dtype=float).reshape(3, 4), (0, 0, 0, 1)])
+        try:
+            camera_SE3_lidar = np.vstack([np.array(numbers, dtype=float).reshape(3, 4), (0, 0, 0, 1)])
+        except ValueError as error:
+            raise DataError(f"{calibration}: its Tr is no 3 x 4 pose ({error}); make it again or remove it") from error
         note = f"{calibration}: by its Tr, poses of KITTI's camera were made the lidar's; remove it if they were so"
         return inverse(camera_SE3_lidar) @ poses @ camera_SE3_lidar, [note]
     return poses, []
@@ -1173,7 +1202,7 @@ def _read_ground_raster(folder: Path) -> GroundRaster:
         if not np.isfinite([*rotation.ravel(), *translation, scale]).all():
             raise ValueError("its Sim2 is no number")
         return GroundRaster(height, rotation, translation, scale)
-    except (TypeError, ValueError, KeyError, EOFError) as error:
+    except (TypeError, ValueError, KeyError, EOFError, OSError) as error:
         raise DataError(
             f"{folder}: the ground raster cannot be read ({error}); download the map folder again"
         ) from error

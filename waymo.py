@@ -30,7 +30,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow
-import torch
 from pyarrow import parquet
 from scipy.spatial.transform import Rotation
 
@@ -39,7 +38,7 @@ import data
 TOP = 1  # key.laser_name of the 64-beam lidar on the roof
 CATEGORY_NAMES = {1: "REGULAR_VEHICLE", 2: "PEDESTRIAN", 3: "SIGN", 4: "BICYCLIST"}  # Waymo's box types in av2's words
 
-STAMP, LASER = "key.frame_timestamp_micros", "key.laser_name"
+STAMP, LASER, OBJECT_ID = "key.frame_timestamp_micros", "key.laser_name", "key.laser_object_id"
 RANGE_IMAGE = "[LiDARComponent].range_image_return1"
 PIXEL_POSES = "[LiDARPoseComponent].range_image_return1"
 WORLD_SE3_VEHICLE = "[VehiclePoseComponent].world_from_vehicle.transform"
@@ -53,7 +52,7 @@ class WaymoPairs(data.Pairs):
 
     Segments are the files of lidar/; log_id is the context name. Opening reads the time stamps of vehicle_pose and
     nothing else. `true_flow=False` leaves the boxes unread; the testing split has none. The other arguments are those
-    of `data.open_dataset`. Raises DataError where a segment has no time stamps.
+    of `data.open_dataset`. A segment without time stamps is skipped, and `skipped` says why.
     """
 
     def __init__(self, split: str | Path, true_flow: bool = True, pairs_per_log: int = 0, sweeps_per_log: int = 0):
@@ -61,7 +60,11 @@ class WaymoPairs(data.Pairs):
         self.split, self.true_flow = Path(split), true_flow
         # A file that is still being copied has a name with a dot in front.
         for file in sorted(f for f in (self.split / "lidar").glob("*.parquet") if not f.name.startswith(".")):
-            micros = _read_table(self.split / "vehicle_pose" / file.name, [STAMP])[STAMP].to_numpy()
+            try:
+                micros = _read_table(self.split / "vehicle_pose" / file.name, [STAMP])[STAMP].to_numpy()
+            except data.DataError as error:  # costs its segment
+                self.skipped.append(str(error))
+                continue
             self._add_log(file, file.stem, (micros * 1000).tolist(), pairs_per_log, sweeps_per_log)
 
     def read(self, key: data.PairKey) -> data.SweepPair:
@@ -75,17 +78,9 @@ class WaymoPairs(data.Pairs):
         if self.true_flow and box_file.exists():
             boxes0, boxes1 = (_read_boxes(box_file).get(stamp, []) for stamp in key[1:])
             values = data.true_residual_flow(points0, boxes0, boxes1, ego1_SE3_ego0)
-            names = ("flow", "category", "is_dynamic", "is_valid")
-            truth = {name: torch.from_numpy(value) for name, value in zip(names, values, strict=True)}
-        return data.SweepPair(
-            pc0=torch.from_numpy(points0.astype(np.float32)),
-            pc1=torch.from_numpy(data.transform(data.inverse(ego1_SE3_ego0), points1).astype(np.float32)),
-            is_ground0=torch.tensor(is_ground0),  # a copy: the sweep is shared with the next pair
-            is_ground1=torch.tensor(is_ground1),
-            ego1_SE3_ego0=torch.from_numpy(ego1_SE3_ego0),
-            **key._asdict(),
-            **truth,
-        )
+            truth = dict(zip(data.TRUTH_FIELDS, values, strict=True))
+        # Masks are copied: the sweep is shared with the next pair.
+        return data.make_pair(key, [points0, points1], [is_ground0.copy(), is_ground1.copy()], ego1_SE3_ego0, truth)
 
 
 @functools.lru_cache(maxsize=4)  # consecutive pairs share a sweep; 4 MB each
@@ -97,7 +92,7 @@ def _read_sweep(split: Path, file_name: str, timestamp_ns: int) -> tuple[np.ndar
     vehicle_SE3_lidar, inclinations = _read_calibration(split / "lidar_calibration" / file_name, len(range_image))
     world_SE3_vehicle = _world_SE3_vehicle(split / "vehicle_pose" / file_name, timestamp_ns)
     points = range_image_to_points(range_image[..., 0], pixel_poses, inclinations, vehicle_SE3_lidar, world_SE3_vehicle)
-    if len(points) == 0:
+    if not np.isfinite(points).all(axis=1).any():
         raise data.DataError(f"{lidar_file}: the sweep has no points at {timestamp_ns // 1000} us; download it again")
     return points, data.is_ground_without_map(points)
 
@@ -238,7 +233,7 @@ def _pose(file: Path, values: list[float]) -> np.ndarray:
 def _read_boxes(file: Path) -> dict[int, list[data.Box]]:
     """All boxes of a segment by time stamp in ns, in file order, but those that no lidar point lies in."""
     centre, size = ([f"{BOX}.box.{part}.{axis}" for axis in "xyz"] for part in ("center", "size"))
-    names = [STAMP, "key.laser_object_id", f"{BOX}.type", f"{BOX}.num_lidar_points_in_box", f"{BOX}.box.heading"]
+    names = [STAMP, OBJECT_ID, f"{BOX}.type", f"{BOX}.num_lidar_points_in_box", f"{BOX}.box.heading"]
     table = _read_table(file, [*names, *centre, *size])
     stamps, tracks, types, counts, headings = (table[name].to_pylist() for name in names)
     unknown = sorted(set(types) - set(CATEGORY_NAMES))
@@ -249,6 +244,8 @@ def _read_boxes(file: Path) -> dict[int, list[data.Box]]:
     vehicle_SE3_boxes[:, :3, :3] = Rotation.from_rotvec(np.outer(headings, (0, 0, 1))).as_matrix()
     vehicle_SE3_boxes[:, :3, 3] = data.stack(table, centre)
     sizes = data.stack(table, size)
+    if not (np.isfinite(sizes).all() and np.isfinite(vehicle_SE3_boxes).all()):
+        raise data.DataError(f"{file}: a box has a size or pose that is no number; download it again")
     boxes: dict[int, list[data.Box]] = {}
     for i, micros in enumerate(stamps):
         if counts[i] >= 1:
@@ -274,6 +271,17 @@ def _read_table(file: Path, columns: list[str], read: list[str] | None = None) -
     with_nulls = [name for name in table.column_names if table[name].null_count and name != f"{INCLINATION}.values"]
     if with_nulls:
         raise data.DataError(f"{file}: nulls in the columns {with_nulls}; download it again")
+    for name in table.column_names:
+        kind = table[name].type
+        while not pyarrow.types.is_primitive(kind) and hasattr(kind, "value_type"):  # of what a list is
+            kind = kind.value_type
+        is_text = name == OBJECT_ID and (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind))
+        if (
+            not is_text
+            and not pyarrow.types.is_integer(kind)
+            and (name in (STAMP, LASER) or not pyarrow.types.is_floating(kind))
+        ):
+            raise data.DataError(f"{file}: the column {name} is {table[name].type}; is it of Waymo Open v2?")
     return table
 
 

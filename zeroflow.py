@@ -16,10 +16,12 @@ residual 0: it moves as the ego says.
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
 import multiprocessing
@@ -206,7 +208,9 @@ def _read_published(files: dict[PairKey, Path], pair: SweepPair) -> Label:
     The .npz files number the points without ground, so they fit only if our ground is theirs: since they cover what
     lies in the grid, and so do we, their rows must be ours (but for 1 %: points on the grid's border).
     """
-    file = files[pair.key]
+    file = files.get(pair.key)
+    if file is None:
+        raise DataError(f"{tuple(pair.key)}: the published labels have none for this pair")
     if file.suffix == ".feather":
         table = data.read_feather(file, [*data.FLOW_COLUMNS, "is_valid"])
         if table.num_rows != len(pair.pc0):
@@ -215,28 +219,36 @@ def _read_published(files: dict[PairKey, Path], pair: SweepPair) -> Label:
             )
         has_flow = torch.from_numpy(table["is_valid"].to_numpy().astype(bool)) & input_masks(pair)[0]
         estimate = torch.from_numpy(data.stack(table, data.FLOW_COLUMNS).astype(np.float32))
-        flow = torch.where(has_flow[:, None], estimate, 0.0)
-        return Label(pair.key, flow, has_flow, {"teacher": "published"}, math.nan, math.nan)
+        flow, seconds = torch.where(has_flow[:, None], estimate, 0.0), math.nan
+    else:
+        rows, estimate, seconds = _read_published_npz(file)
+        not_ground = (~pair.is_ground0).nonzero()[:, 0]
+        expected = input_masks(pair)[0][not_ground].nonzero()[:, 0]
+        if np.setxor1d(rows, expected).size > 0.01 * len(expected):
+            raise DataError(
+                f"{file}: labels other points than those that sweep {pair.timestamp0_ns} of log {pair.log_id} has off "
+                "the ground and in the grid; is it of this sweep, and was the ground found by the same rule?"
+            )
+        is_ours = rows < len(not_ground)
+        flow, has_flow = torch.zeros_like(pair.pc0), torch.zeros_like(pair.is_ground0)
+        flow[not_ground[rows[is_ours]]], has_flow[not_ground[rows[is_ours]]] = estimate[is_ours], True
+    if not (flow.abs() < 2 * max(data.GRID_HALF_EXTENT_M)).all():
+        raise DataError(f"{file}: has flow that is no number, or as long as the grid; download it again")
+    return Label(pair.key, flow, has_flow, {"teacher": "published"}, math.nan, seconds)
+
+
+def _read_published_npz(file: Path) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """valid_idxes (K,) int64, flow (K, 3) and the seconds it took. Raises DataError naming the file."""
     try:
         with np.load(file, allow_pickle=False) as arrays:
             estimate = torch.from_numpy(arrays["flow"].astype(np.float32)).reshape(-1, 3)
             rows = torch.from_numpy(arrays["valid_idxes"].astype(np.int64)).flatten()
             seconds = float(np.sum(arrays["delta_time"]))
-        if len(estimate) != len(rows):
-            raise ValueError(f"{len(estimate)} rows of flow for {len(rows)} valid_idxes")
+        if len(estimate) != len(rows) or len(rows.unique()) != len(rows) or (rows < 0).any():
+            raise ValueError(f"{len(estimate)} rows of flow for {len(rows.unique())} different valid_idxes")
     except Exception as error:  # of zip, zlib, the header, the shapes, memory
         raise DataError(f"{file}: is no published label ({error}); download it again") from error
-    not_ground = (~pair.is_ground0).nonzero()[:, 0]
-    expected = input_masks(pair)[0][not_ground].nonzero()[:, 0]
-    if np.setxor1d(rows, expected).size > 0.01 * len(expected):
-        raise DataError(
-            f"{file}: labels other points than those that sweep {pair.timestamp0_ns} of log {pair.log_id} has off the "
-            "ground and in the grid; is it of this sweep, and was the ground found by the same rule?"
-        )
-    is_ours = rows < len(not_ground)
-    flow, has_flow = torch.zeros_like(pair.pc0), torch.zeros_like(pair.is_ground0)
-    flow[not_ground[rows[is_ours]]], has_flow[not_ground[rows[is_ours]]] = estimate[is_ours], True
-    return Label(pair.key, flow, has_flow, {"teacher": "published"}, math.nan, seconds)
+    return rows, estimate, seconds
 
 
 def settings_hash(settings: dict) -> str:
@@ -328,7 +340,7 @@ def claim_folder(labels: str | Path, settings: nsfp.NSFPSettings) -> None:
             if time.time() - left_over.stat().st_mtime > 3600:  # of a process that was killed: no file takes so long
                 left_over.unlink()
     if not file.exists():
-        if next(Path(labels).glob("*/*.feather"), None):
+        if next(itertools.chain(Path(labels).glob("*/*.feather"), Path(labels).glob("*/*.npz")), None):
             raise DataError(f"{file}: is missing, so whose labels are these? Restore it, or choose another folder")
         proposal = file.with_name(f".settings.{uuid.uuid4().hex}.tmp")
         with atomic_file(proposal) as out:
@@ -491,7 +503,8 @@ def _in_processes(
                 yield chunk, result
     finally:
         for process in crew:
-            process.kill()
+            if process.pid:  # else it never started, and an error about that is on its way
+                process.kill()
 
 
 def _work(pipe) -> None:
@@ -566,16 +579,20 @@ def distillation_loss(
     labels: Sequence[torch.Tensor],
     masks: Sequence[torch.Tensor],
     weight: str = "formula",
+    point_weights: Sequence[torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """The paper's loss for lists of estimates (N, 3), labels (N, 3) and masks (N,) bool of the rows that count.
 
     Per sample sum(w · |estimate - label|) / N over the N rows of the mask, summed over the batch. Note: divided by N,
-    not by the sum of the weights. A sample without rows adds 0.
+    not by the sum of the weights. A sample without rows adds 0. w is the weight of the label's speed, times that of
+    point_weights (N,) where given: with `weight` "none", 0.1 for background and 1 for the rest it is FastFlow3D's loss.
     """
     total = estimates[0].new_zeros(())
-    for estimate, label, mask in zip(estimates, labels, masks, strict=True):
+    for i, (estimate, label, mask) in enumerate(zip(estimates, labels, masks, strict=True)):
         error = (estimate[mask] - label[mask]).norm(dim=1)  # (N,) metres
         weights = speed_weight(metrics.SWEEPS_PER_S * label[mask].norm(dim=1), weight)
+        if point_weights is not None:
+            weights = weights * point_weights[i][mask]
         total = total + (weights * error).sum() / max(1, len(error))
     return total
 
@@ -616,10 +633,12 @@ def evaluate(
         try:
             pair = dataset[index]
             estimate = estimator(pair)
-        except DataError as error:
+            mask = challenge_mask(pair) if challenge_mask else None
+        except (DataError, OSError) as error:
             broken += 1
             if broken > max_broken * max(100, len(dataset)):
-                raise
+                more = f"; {broken} of {len(dataset)} are broken so far, see --max-broken" if broken > 1 else ""
+                raise DataError(f"{error}{more}") from error
             print(f"left out: {error}", file=sys.stderr)
             continue
         if pair.flow is None:
@@ -627,7 +646,6 @@ def evaluate(
                 f"{tuple(pair.key)}: no true flow to compare with; evaluate a split with annotations.feather"
             )
         check_flow(estimate.flow, pair)
-        mask = challenge_mask(pair) if challenge_mask else None
         scores.add(
             estimate.flow,
             pair.flow,
@@ -838,12 +856,15 @@ def write_flow(path: Path, flow: torch.Tensor, has_flow: torch.Tensor) -> None:
 
 
 def add_settings(parser: argparse.ArgumentParser, settings_class: type) -> None:
-    """An option --name for every field of a dataclass of settings, typed as its default."""
+    """An option --name for every field of a dataclass of settings, typed as its default; a tuple's may be repeated."""
     for field in dataclasses.fields(settings_class):
-        kind = type(field.default)
+        kind, action = type(field.default), "store"
+        if kind is tuple:
+            kind, action = int if "int" in str(field.type) else str, "append"
         parse = _parse_bool if kind is bool else kind
         note = f"(default of {settings_class.__name__}: {field.default!r})"
-        parser.add_argument("--" + field.name.replace("_", "-"), type=parse, metavar=kind.__name__, help=note)
+        name = "--" + field.name.replace("_", "-")
+        parser.add_argument(name, type=parse, action=action, metavar=kind.__name__, help=note)
 
 
 def chosen_settings(arguments: argparse.Namespace, base):
@@ -943,88 +964,116 @@ def _status(arguments: argparse.Namespace) -> int:
 def _check(arguments: argparse.Namespace) -> int:
     check_device(arguments.device)
     dataset = open_and_tell(arguments.data, arguments)
-    found = survey(dataset, arguments.labels, arguments.sample, arguments.device, arguments.model)
+    found = survey(dataset, arguments.sample)
+    found["kind"] = type(dataset).__name__.removesuffix("Pairs")
     found["bytes"] = sum(file.stat().st_size for file in Path(arguments.data).rglob("*") if file.is_file())
-    is_usable = found["pairs_broken"] <= arguments.max_broken * found["pairs_read"]
-    kind, hours = type(dataset).__name__.removesuffix("Pairs"), found["seconds_recorded"] / 3600
-    print(f"{arguments.data}: {kind}, {found['logs']} logs, {found['pairs']} pairs, {hours:.3g} hours", end="")
-    print(f", {found['gaps']} neighbours or files that make no pair")
+    if arguments.labels:
+        found |= survey_labels(dataset, arguments.labels, arguments.sample)
+    broken = [*found["broken"], *found.get("labels_broken", [])]
+    is_usable = len(broken) <= arguments.max_broken * found["pairs_read"] and found.get("labels_found", 1) > 0
+    hours = found["seconds_recorded"] / 3600
+    print(f"{arguments.data}: {found['kind']}, {found['logs']} logs, {found['pairs']} pairs, {hours:.3g} hours", end="")
+    print(f", {len(found['skipped'])} neighbours or files that make no pair")
     print(f"disk: {found['bytes'] / 1e9:.2f} GB")
-    for line in found.pop("broken"):
+    for line in broken:
         print(f"broken: {line}")
-    print(f"read: {found['pairs_read']} pairs, evenly spread, {found['pairs_broken']} broken", end="")
-    if found["pairs_broken"] < found["pairs_read"]:
+    print(f"read: {found['pairs_read']} pairs, evenly spread, {len(found['broken'])} broken", end="")
+    if len(found["broken"]) < found["pairs_read"]:
+        found |= cost(dataset, arguments.device, arguments.model)
         print(f", {1e3 * found['seconds_to_read']:.0f} ms a pair, {found['pairs_with_true_flow']} with true flow")
         shares = (
             f"{found['share_not_ground']:.0%} not ground, {found['share_input']:.0%} that and in the student's grid"
         )
         print(f"points a sweep: {found['points_least']} to {found['points_most']}, {shares}")
         label_hours, train_hours = (found["pairs"] * found[f"seconds_to_{what}"] / 3600 for what in ("label", "train"))
-        print(f"labels by `fast`: {found['seconds_to_label']:.2f} s a pair here, {label_hours:.3g} hours of one worker")
-        print(
-            f"training `normal`: {found['seconds_to_train']:.2f} s a pair here, {train_hours:.3g} hours an epoch",
-            end="",
-        )
+        print(f"labels by fast: {found['seconds_to_label']:.2f} s a pair here, {label_hours:.3g} hours of one worker")
+        train = f"training {arguments.model}: {found['seconds_to_train']:.2f} s a pair here"
+        print(f"{train}, {train_hours:.3g} hours an epoch", end="")
     print()
     if arguments.labels:
-        states = ", ".join(f"{found[key]} {key[7:].replace('_', ' ')}" for key in found if key.startswith("labels_"))
-        print(f"{arguments.labels}: {states}")
+        lacking = found["labels_lacking"]
+        where = f": {', '.join(f'{count} of {log}' for log, count in list(lacking.items())[:5])}" if lacking else ""
+        more = f" and of {len(lacking) - 5} more logs" if len(lacking) > 5 else ""
+        print(f"{arguments.labels}: {found['labels_found']} labels, {sum(lacking.values())} pairs without{where}{more}")
     if arguments.json:
         with atomic_file(Path(arguments.json)) as file:
             file.write(json.dumps({**found, "is_usable": is_usable}, indent=2).encode())
-    print("can be used" if is_usable else f"cannot be used: more than --max-broken {arguments.max_broken} is broken")
+    reason = (
+        "there is no label" if not found.get("labels_found", 1) else f"more than {arguments.max_broken:.0%} is broken"
+    )
+    print("can be used" if is_usable else f"cannot be used: {reason}")
     return 0 if is_usable else 1
 
 
-def survey(dataset: data.Pairs, labels: str = "", sample: int = 20, device: str = "cpu", model: str = "normal") -> dict:
-    """What is there, from reading `sample` pairs (0: all) spread evenly, and what it would cost on this machine.
-
-    `broken` lists what is wrong with pairs that cannot be read, or whose labels cannot.
-    """
-    spans = [stamps[-1] - stamps[0] for stamps in dataset.stamps.values() if stamps]
-    result = {"logs": len(dataset.stamps), "pairs": len(dataset), "gaps": len(dataset.skipped)}
-    result |= {"seconds_recorded": sum(spans) / 1e9, "broken": []}
-    folder = None
-    if labels and (Path(labels) / "settings.json").exists():
-        states, _ = label_status(dataset, labels)
-        result |= {f"labels_{state.replace(' ', '_')}": len(pairs) for state, pairs in states.items()}
-    if labels:
-        folder = open_labels(labels, dataset)
-        result |= {"labels_found": len(folder.keys), "labels_lacking": len(dataset) - len(folder.keys)}
-    labelled = set(folder.keys) if folder else ()
+def spread(dataset: data.Pairs, sample: int) -> list[int]:
+    """Indices of `sample` pairs (0: all), evenly spread."""
     count = min(sample or len(dataset), len(dataset))
-    points, shares, seconds, pair = [], [], [], None
-    true_flow = 0
-    for index in tqdm([i * len(dataset) // count for i in range(count)], desc="check", unit="pair", disable=count < 2):
-        try:
-            start = time.perf_counter()
-            read = dataset[index]
-            seconds.append(time.perf_counter() - start)
-            if read.key in labelled:
-                folder.read(read)
-        except DataError as error:
-            result["broken"].append(str(error))
-            continue
-        pair = read
-        points.append(len(pair.pc0))
-        shares.append([(~pair.is_ground0).float().mean().item(), input_masks(pair)[0].float().mean().item()])
-        true_flow += pair.flow is not None
-    result |= {"pairs_read": count, "pairs_broken": len(result["broken"]), "pairs_with_true_flow": true_flow}
-    if pair is not None:
+    return [i * len(dataset) // count for i in range(count)]
+
+
+def survey(dataset: data.Pairs, sample: int) -> dict:
+    """What a data set holds, from reading `sample` of its pairs; `broken` says what is wrong with those it cannot."""
+    spans = [stamps[-1] - stamps[0] for stamps in dataset.stamps.values() if stamps]
+    result = {"logs": len(dataset.stamps), "pairs": len(dataset), "seconds_recorded": sum(spans) / 1e9}
+    points, shares, seconds, broken, with_true_flow = [], [], [], [], 0
+    for index in tqdm(spread(dataset, sample), desc="check", unit="pair"):
         start = time.perf_counter()
-        with one_thread():
-            make_labels([pair], nsfp.TEACHERS["fast"], device)
+        try:
+            pair = dataset[index]
+        except (DataError, OSError) as error:
+            broken.append(str(error))
+            continue
+        seconds.append(time.perf_counter() - start)
+        points.append(len(pair.pc0))
+        shares.append([mask.float().mean().item() for mask in (~pair.is_ground0, input_masks(pair)[0])])
+        with_true_flow += pair.flow is not None
+    result |= {"skipped": dataset.skipped, "broken": broken, "pairs_read": len(points) + len(broken)}
+    if points:
+        not_ground, is_input = np.mean(shares, axis=0).tolist()
+        result |= {"points_least": min(points), "points_most": max(points), "pairs_with_true_flow": with_true_flow}
         result |= {
-            "points_least": min(points),
-            "points_most": max(points),
+            "share_not_ground": not_ground,
+            "share_input": is_input,
             "seconds_to_read": float(np.median(seconds)),
         }
-        result |= dict(zip(("share_not_ground", "share_input"), np.mean(shares, axis=0).tolist(), strict=True))
-        result |= {
-            "seconds_to_label": time.perf_counter() - start,
-            "seconds_to_train": _seconds_to_train(pair, device, model),
-        }
     return result
+
+
+def survey_labels(dataset: data.Pairs, labels: str, sample: int) -> dict:
+    """How many pairs have a label, how many of each log have none, and what is wrong with those of `sample` pairs."""
+    try:
+        folder = open_labels(labels, dataset)
+    except DataError as error:
+        folder = LabelFolder([], None)
+        print(error, file=sys.stderr)
+    has_label, lacking, broken = set(folder.keys), collections.Counter(), []
+    lacking.update(key.log_id for key in dataset.keys if key not in has_label)
+    for index in spread(dataset, sample):
+        if dataset.keys[index] in has_label:
+            try:
+                pair = dataset[index]
+            except (DataError, OSError):
+                continue  # a sweep that cannot be read is no fault of its label
+            try:
+                folder.read(pair)
+            except (DataError, OSError) as error:
+                broken.append(str(error))
+    return {"labels_found": len(folder.keys), "labels_lacking": dict(lacking), "labels_broken": broken}
+
+
+def cost(dataset: data.Pairs, device: str, model: str) -> dict[str, float]:
+    """Seconds that the `fast` teacher and a step of a student take for the first pair that can be read."""
+    for index in range(len(dataset)):
+        with contextlib.suppress(DataError, OSError):
+            pair = dataset[index]
+            break
+    start = time.perf_counter()
+    with one_thread():
+        make_labels([pair], nsfp.TEACHERS["fast"], device)
+    return {
+        "seconds_to_label": time.perf_counter() - start,
+        "seconds_to_train": _seconds_to_train(pair, device, model),
+    }
 
 
 def _seconds_to_train(pair: SweepPair, device: str, name: str) -> float:
@@ -1062,8 +1111,8 @@ def add_data_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--rate-hz", type=float, default=10.0, help="of clouds without time stamps (default: 10)")
 
 
-def add_max_broken(sub: argparse.ArgumentParser) -> None:
-    text = "stop when more of the pairs (counted as 100 at least) are broken (default: %(default)s)"
+def add_max_broken(sub: argparse.ArgumentParser, of: str = "pairs (counted as 100 at least)") -> None:
+    text = f"give up where more of the {of} are broken (default: %(default)s)"
     sub.add_argument("--max-broken", type=float, default=0.05, metavar="SHARE", help=text)
 
 
@@ -1202,7 +1251,9 @@ def _predict(arguments: argparse.Namespace) -> int:
         import viz  # matplotlib is loaded only when a picture is asked for
 
         viz.flow_figure(pair, {"student": flow}, model.settings.half_extent_m[0]).savefig(arguments.picture, dpi=120)
-    if not has_flow.any():
+    if pair.is_ground0.all():
+        print("all points of sweep 0 are taken for ground; leave it in by --ground none")
+    elif not has_flow.any():
         extent = " x ".join(f"{2 * half:g}" for half in model.settings.half_extent_m)
         print(f"no point lies in the student's grid of {extent} m about the ego: are these clouds in an ego frame?")
     moving = int((flow.norm(dim=1) >= data.DYNAMIC_THRESHOLD_M).sum())
@@ -1274,7 +1325,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--device", default=default_device(), help="cpu or cuda (default here: %(default)s)")
     sub.add_argument("--json", metavar="FILE", help="write the numbers here")
-    add_max_broken(sub)
+    add_max_broken(sub, "pairs read")
 
     def sources(sub: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
         add_data_options(sub)

@@ -955,6 +955,56 @@ def test_tum_poses_go_by_time_where_names_are_stamps(tmp_path, unit):
         pairs[2]
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["1700000000.500000", "1700000000.600000", "1700000000.700000", "1700000000.800000"],
+        ["1700000000.5", "1700000000.6", "1700000000.65", "1700000000.7"],  # as Python writes floats
+        [str(1_700_000_000_500_000 + i * 100_000) for i in range(4)],  # microseconds
+        [str(1_700_000_000_500 + i * 100) for i in range(4)],  # milliseconds
+        [str(1_700_000_000_500_000_000 + i * 10**8) for i in range(4)],
+    ],
+    ids=lambda names: names[0],
+)
+def test_time_stamps_are_in_the_unit_that_their_size_tells(tmp_path, names):
+    step_ns = [10**8] * 3 if "65" not in names[2] else [10**8, 5 * 10**7, 5 * 10**7]
+    write_clouds(tmp_path, [f"{name}.npy" for name in names])
+    pairs = data.open_dataset(tmp_path)
+    assert pairs.keys[0].timestamp0_ns == 1_700_000_000_500_000_000 and pairs.skipped == []
+    assert [key.timestamp1_ns - key.timestamp0_ns for key in pairs.keys] == step_ns
+    assert [int(pairs[i].pc0[1, 2]) for i in range(3)] == [50, 51, 52]  # in their order
+    (tmp_path / f"{names[1]}.npy").unlink()  # 0.2 s, or 0.15 s
+    assert len(data.open_dataset(tmp_path)) == (1 if step_ns == [10**8] * 3 else 2)
+    stamps_us = [1_700_000_000_500_000, 1_700_000_000_700_000]
+    rows = [tum_row(stamp, pose) for stamp, pose in zip(stamps_us, (DRIVE[0], DRIVE[2]), strict=True)]
+    (tmp_path / "poses.txt").write_text("\n".join(rows))  # TUM in microseconds
+    posed = data.CloudPairs(tmp_path)
+    assert np.allclose(posed._sweeps[1_700_000_000_500_000_000][1], DRIVE[0])
+
+
+def test_the_folder_above_is_found_from_inside(tmp_path, monkeypatch):
+    write_clouds(tmp_path / "drive" / "velodyne", NUMBERED)
+    (tmp_path / "drive" / "poses.txt").write_text(kitti_rows(DRIVE))
+    by_name = data.open_dataset(tmp_path / "drive" / "velodyne")
+    (tmp_path / "drive" / "velodyne" / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "drive" / "velodyne" / "below")
+    from_inside = data.open_dataset("..")
+    assert from_inside.keys == by_name.keys and from_inside.keys[0].log_id == "drive-velodyne"
+    assert_the_pole_stands_still(from_inside)
+
+
+def test_pose_files_with_stamps_or_calibrations_that_are_no_numbers_are_named(tmp_path):
+    write_clouds(tmp_path, STAMPED)
+    rows = [tum_row((10**18 + i * 10**8) / 1e9, pose) for i, pose in enumerate(DRIVE)]
+    (tmp_path / "poses.txt").write_text("\n".join([*rows, rows[0].replace(rows[0].split()[0], "nan")]))
+    with pytest.raises(data.DataError, match="poses.txt: has a time stamp that is no number"):
+        data.open_dataset(tmp_path)
+    (tmp_path / "poses.txt").write_text(kitti_rows(DRIVE))
+    (tmp_path / "calib.txt").write_text("Tr: 1 2 3\n")
+    with pytest.raises(data.DataError, match="calib.txt: its Tr is no 3 x 4 pose"):
+        data.open_dataset(tmp_path)
+
+
 def test_tum_poses_go_by_order_where_names_are_no_stamps(tmp_path):
     write_clouds(tmp_path, [f"frame{i}.npy" for i in (8, 9, 10, 11)])  # frame10 comes after frame9
     (tmp_path / "poses.txt").write_text("\n".join(tum_row(i / 10, pose) for i, pose in enumerate(DRIVE)))

@@ -372,6 +372,18 @@ def _without_top(rows):
 
 
 IMAGE = "[LiDARComponent].range_image_return1"
+
+
+def _retyped(name, kind):
+    def break_it(file):
+        table = parquet.read_table(file)
+        texts = [[str(x) for x in v] if isinstance(v, list) else str(v) for v in table[name].to_pylist()]
+        values = pyarrow.array(texts, kind)
+        parquet.write_table(table.set_column(table.column_names.index(name), name, values), file)
+
+    return break_it
+
+
 TRANSFORM = "[VehiclePoseComponent].world_from_vehicle.transform"
 
 
@@ -405,8 +417,14 @@ TRANSFORM = "[VehiclePoseComponent].world_from_vehicle.transform"
         ),
         ("vehicle_pose", _set(TRANSFORM, [1.0] * 16), "a transform in it is no pose .*no rotation"),
         ("vehicle_pose", _set(TRANSFORM, None), r"nulls in the columns \['.*transform'\]"),
-        ("vehicle_pose", _cut, "not a whole parquet file"),
-        ("vehicle_pose", lambda file: file.unlink(), "no such file"),
+        ("lidar_box", _set("[LiDARBoxComponent].box.heading", math.nan), "a box has a size or pose that is no number"),
+        ("lidar_box", _set("[LiDARBoxComponent].box.size.x", math.nan), "a box has a size or pose that is no number"),
+        (
+            "lidar_box",
+            _retyped("[LiDARBoxComponent].box.heading", pyarrow.string()),
+            r"the column .*heading is string; is it of Waymo",
+        ),
+        ("vehicle_pose", _retyped(TRANSFORM, pyarrow.list_(pyarrow.string())), "the column .*transform is list<"),
         ("lidar_box", _cut, "not a whole parquet file"),
         ("lidar_box", _set("[LiDARBoxComponent].type", 0), r"unknown types of boxes \[0\]"),
     ],
@@ -416,6 +434,32 @@ def test_a_broken_file_is_named_with_the_way_out(tmp_path, tag, break_it, messag
     break_it(tmp_path / tag / "seg.parquet")
     with pytest.raises(data.DataError, match=f"{tag}/seg.parquet: {message}"):
         waymo.WaymoPairs(tmp_path)[0]
+
+
+def test_a_sweep_whose_pixels_have_no_pose_has_no_points(tmp_path):
+    write_segment(tmp_path)
+    _set(f"{waymo.PIXEL_POSES}.values", [math.nan] * H * W * 6)(tmp_path / "lidar_pose" / "seg.parquet")
+    with pytest.raises(data.DataError, match="the sweep has no points"):
+        waymo.WaymoPairs(tmp_path)[0]
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (_cut, "not a whole parquet file"),
+        (lambda file: file.unlink(), "no such file"),
+        (_retyped("key.frame_timestamp_micros", pyarrow.string()), "timestamp_micros is string"),
+    ],
+)
+def test_a_segment_without_time_stamps_costs_itself_and_not_the_split(tmp_path, break_it, message):
+    for name in ("a", "b"):
+        write_segment(tmp_path)
+        for tag in ("lidar", "lidar_pose", "lidar_calibration", "vehicle_pose"):
+            (tmp_path / tag / "seg.parquet").rename(tmp_path / tag / f"{name}.parquet")
+    break_it(tmp_path / "vehicle_pose" / "a.parquet")
+    pairs = data.open_dataset(tmp_path)
+    assert {key.log_id for key in pairs.keys} == {"b"} and len(pairs[0].pc0)
+    assert len(pairs.skipped) == 1 and "vehicle_pose/a.parquet" in pairs.skipped[0] and message in pairs.skipped[0]
 
 
 def test_a_pose_that_is_missing_makes_a_gap(tmp_path):

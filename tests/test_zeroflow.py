@@ -215,7 +215,8 @@ def test_predict_as_a_user_types_it(tmp_path, student_file, street_folder, stree
 
 def test_the_lines_of_the_readme_run_as_they_stand(tmp_path, student_file):
     (lines,) = [text for text in (ROOT / "README.md").read_text().split("```python\n") if "zeroflow.predict(" in text]
-    shutil.copy(student_file, tmp_path / "student.pt")
+    (tmp_path / "run").mkdir()
+    shutil.copy(student_file, tmp_path / "run" / "last.pt")
     done = subprocess.run(
         [sys.executable, "-c", lines.split("```")[0]],
         cwd=tmp_path,
@@ -328,11 +329,26 @@ def test_published_labels_of_other_points_are_refused_by_name(tmp_path, street):
     file = write_published(tmp_path, pair, 0, flow)
     good, labels = dict(np.load(file)), zeroflow.open_labels(tmp_path, street)
     labels.read(pair)
-    fewer = dataclasses.replace(pair, is_ground0=pair.is_ground0 | (torch.arange(len(flow)) % 20 == 0))
-    with pytest.raises(data.DataError, match="_000.npz: labels other points than those that sweep .* ground found by"):
-        labels.read(fewer)
+    count = len(good["valid_idxes"])
+    for share, is_refused in ((0.02, True), (0.005, False)):  # up to 1 % may differ
+        cut = {"valid_idxes": good["valid_idxes"][int(share * count) :], "flow": good["flow"][:, int(share * count) :]}
+        np.savez(file, **(good | cut))
+        if is_refused:
+            with pytest.raises(data.DataError, match="_000.npz: labels other points than those .* ground found by"):
+                labels.read(pair)
+        else:
+            assert labels.read(pair).has_flow.sum() == count - int(share * count) < count
+    beyond = {"valid_idxes": np.append(good["valid_idxes"][:-1], 10**6)}  # one row that the sweep does not have
+    np.savez(file, **(good | beyond))
+    assert labels.read(pair).has_flow.sum() == count - 1
+    with pytest.raises(data.DataError, match="the published labels have none for this pair"):
+        labels.read(street[3])
     for changes, message in (
         ({"valid_idxes": good["valid_idxes"][:-5]}, "is no published label .* rows of flow for"),
+        ({"valid_idxes": np.append(good["valid_idxes"][:-1], 0)}, "is no published label .* different valid_idxes"),
+        ({"valid_idxes": np.append(good["valid_idxes"][:-1], -1)}, "is no published label"),
+        ({"flow": np.where(good["flow"] == 0, np.nan, 0)}, "has flow that is no number, or as long as the grid"),
+        ({"flow": good["flow"] + 500}, "has flow that is no number, or as long as the grid"),
         ({"valid_idxes": good["valid_idxes"] + 40}, "labels other points"),
         ({"flow": np.array([{"run": "me"}])}, "is no published label"),  # a pickle
     ):
@@ -342,6 +358,8 @@ def test_published_labels_of_other_points_are_refused_by_name(tmp_path, street):
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(data.DataError, match="is no published label"):
         labels.read(pair)
+    with pytest.raises(data.DataError, match="is missing, so whose labels are these"):
+        zeroflow.claim_folder(tmp_path, nsfp.TEACHERS["fast"])  # ours do not go among them
     later = tmp_path / "later" / pair.log_id / "0000000000.feather"
     later.parent.mkdir(parents=True)
     columns = {name: np.zeros(3, dtype=np.float32) for name in data.FLOW_COLUMNS}
@@ -378,6 +396,20 @@ def test_evaluation_names_broken_pairs_and_goes_on_up_to_a_share(tmp_path, broke
 
     with pytest.raises(data.DataError, match="none of 4 pairs could be evaluated"):
         zeroflow.evaluate(street, nothing, max_broken=1)
+    with pytest.raises(data.DataError, match="no; 3 of 4 are broken so far, see --max-broken"):
+        zeroflow.evaluate(street, nothing, max_broken=0.02)
+    many = [street[0]] * 120  # the share is of more than 100 then: 0.05 of 120 are six
+
+    def fails_seven_times(pair, calls=[]):  # noqa: B006
+        calls.append(1)
+        return zeroflow.Estimate(pair.flow, 0.0) if len(calls) > 7 else nothing(pair)
+
+    with pytest.raises(data.DataError, match="7 of 120 are broken"):
+        zeroflow.evaluate(many, fails_seven_times, max_broken=0.05)
+    three_ways = {}
+    first_fails = iter([nothing] + [lambda pair: zeroflow.Estimate(0 * pair.flow, 0.0)] * 3)
+    zeroflow.evaluate(street, lambda pair: next(first_fails)(pair), pair_three_ways=three_ways, max_broken=1)
+    assert sorted(three_ways) == [1, 2, 3]  # by index of the data set
 
 
 def test_labels_that_cover_some_pairs_are_evaluated_on_those_and_it_is_said(tmp_path, street_folder, street, capsys):
@@ -391,57 +423,81 @@ def test_labels_that_cover_some_pairs_are_evaluated_on_those_and_it_is_said(tmp_
 
 
 def test_check_counts_names_what_is_broken_and_says_whether_it_can_be_used(
-    tmp_path, street_folder, broken_folder, capsys
+    tmp_path, street_folder, broken_folder, capsys, monkeypatch
 ):
-    numbers = tmp_path / "numbers.json"
-    zeroflow.label_dataset(
-        data.open_dataset(street_folder),
-        tmp_path / "labels",
-        dataclasses.replace(nsfp.TEACHERS["fast"], iterations=2),
-        1,
-    )
-    common = ["--json", str(numbers), "--device", "cpu", "--model", "narrow"]
-    assert zeroflow.main(["check", "--data", str(street_folder), "--labels", str(tmp_path / "labels"), *common]) == 0
-    printed, found = capsys.readouterr().out, json.loads(numbers.read_text())
-    assert "Argoverse2, 2 logs, 4 pairs" in printed and printed.endswith("can be used\n")
-    assert (found["pairs_read"], found["pairs_broken"], found["pairs_with_true_flow"]) == (4, 0, 4)
-    assert (found["labels_made"], found["labels_found"], found["labels_lacking"]) == (4, 4, 0) and found["is_usable"]
-    street = data.open_dataset(street_folder)
+    monkeypatch.setattr(zeroflow, "cost", lambda *_: {"seconds_to_label": 2.0, "seconds_to_train": 3.0})
+    numbers, labels = tmp_path / "numbers.json", tmp_path / "labels"
+    street, quick = data.open_dataset(street_folder), dataclasses.replace(nsfp.TEACHERS["fast"], iterations=2)
+    zeroflow.label_dataset(street, labels, quick, workers=1)
+
+    def check(folder, *options) -> tuple[int, str, dict]:
+        status = zeroflow.main(["check", "--data", str(folder), "--json", str(numbers), "--device", "cpu", *options])
+        return status, capsys.readouterr().out, json.loads(numbers.read_text())
+
+    status, printed, found = check(street_folder, "--labels", str(labels), "--model", "narrow")
+    assert status == 0 and "Argoverse2, 2 logs, 4 pairs" in printed and printed.endswith("can be used\n")
+    assert (found["pairs_read"], found["broken"], found["pairs_with_true_flow"]) == (4, [], 4) and found["is_usable"]
+    assert (found["labels_found"], found["labels_lacking"], found["kind"]) == (4, {}, "Argoverse2")
+    assert "labels by fast: 2.00 s a pair here, 0.00222 hours" in printed
+    assert "training narrow: 3.00 s a pair here, 0.00333 hours an epoch" in printed
     sizes = [len(pair.pc0) for pair in street]
     assert (found["points_least"], found["points_most"]) == (min(sizes), max(sizes))
     share = np.mean([(~pair.is_ground0).float().mean().item() for pair in street])
     assert found["share_not_ground"] == pytest.approx(share) and found["seconds_recorded"] == pytest.approx(0.4)
-    assert found["seconds_to_label"] > found["seconds_to_read"] > 0 and found["seconds_to_train"] > 0
     files = [file for file in street_folder.rglob("*") if file.is_file()]
-    assert found["bytes"] == sum(file.stat().st_size for file in files)
+    assert found["bytes"] == sum(file.stat().st_size for file in files) and found["seconds_to_read"] > 0
+    assert check(street_folder, "--sample", "2")[2]["pairs_read"] == 2
+    assert zeroflow.spread(street, 2) == [0, 2] and zeroflow.spread(street, 0) == [0, 1, 2, 3]
 
-    assert zeroflow.main(["check", "--data", str(broken_folder), *common]) == 1
-    printed, found = capsys.readouterr().out, json.loads(numbers.read_text())
-    assert printed.count("broken: ") == 2 and "not a whole Feather file" in printed and "cannot be used" in printed
-    assert found["pairs_broken"] == 2 and not found["is_usable"]
-    assert zeroflow.main(["check", "--data", str(broken_folder), *common, "--max-broken", "0.5"]) == 0
-    # A label of other rows: the error names its file and the sweep's points.
-    label = zeroflow.label_path(tmp_path / "labels", street.keys[3])
-    made = zeroflow.read_label(tmp_path / "labels", street.keys[3])
-    zeroflow.write_label(tmp_path / "labels", dataclasses.replace(made, flow=made.flow[1:], has_flow=made.has_flow[1:]))
-    capsys.readouterr()
-    assert zeroflow.main(["check", "--data", str(street_folder), "--labels", str(tmp_path / "labels"), *common]) == 1
-    assert f"broken: {label}: has {sizes[3] - 1} rows, its sweep has {sizes[3]} points" in capsys.readouterr().out
+    status, printed, found = check(broken_folder)
+    assert status == 1 and printed.count("broken: ") == 2 and "cannot be used: more than 5% is broken" in printed
+    assert len(found["broken"]) == 2 and "not a whole Feather file" in found["broken"][0] and not found["is_usable"]
+    assert check(broken_folder, "--max-broken", "0.5")[0] == 0
+    last = sorted(broken_folder.glob("*/sensors/lidar/*.feather"))[-1]
+    last.rename(last.with_stem(str(int(last.stem) + 10**8)))  # a gap
+    assert "the next sweep is 0.20 s later" in check(broken_folder)[2]["skipped"][0]
+    # A label of other rows: the error names its file and the sweep's points. And pairs without any.
+    made = zeroflow.read_label(labels, street.keys[3])
+    zeroflow.write_label(labels, dataclasses.replace(made, flow=made.flow[1:], has_flow=made.has_flow[1:]))
+    zeroflow.label_path(labels, street.keys[0]).unlink()
+    status, printed, found = check(street_folder, "--labels", str(labels))
+    file = zeroflow.label_path(labels, street.keys[3])
+    assert status == 1 and f"broken: {file}: has {sizes[3] - 1} rows, its sweep has {sizes[3]} points" in printed
+    assert found["labels_lacking"] == {street.keys[0].log_id: 1} and len(found["labels_broken"]) == 1
+    assert f"{labels}: 3 labels, 1 pairs without: 1 of {street.keys[0].log_id}" in printed
+    status, printed, found = check(street_folder, "--labels", str(tmp_path))
+    assert status == 1 and found["labels_found"] == 0 and "cannot be used: there is no label" in printed
 
 
-def test_a_folder_of_clouds_is_labelled_trained_on_and_predicted_as_a_user_types_it(tmp_path, street, capsys):
+def test_what_labelling_and_training_cost_is_measured_on_a_pair(street):
+    found = zeroflow.cost(street, "cpu", "narrow")
+    assert found["seconds_to_label"] > 0.05 and 0 < found["seconds_to_train"] < 60
+
+
+def test_a_folder_of_clouds_is_labelled_trained_on_and_predicted_as_a_user_types_it(
+    tmp_path, street, capsys, monkeypatch
+):
     """Two KITTI-like scans without poses or a map."""
     clouds = tmp_path / "drive" / "velodyne"
     clouds.mkdir(parents=True)
     for i, points in enumerate((street[0].pc0, street[0].pc1)):
         np.concatenate([points.numpy(), np.zeros((len(points), 1), "f4")], axis=1).tofile(clouds / f"{i:06d}.bin")
-    labels, student = str(tmp_path / "labels"), str(tmp_path / "student.pt")
+    labels = str(tmp_path / "labels")
     data_and_labels = ["--data", str(clouds), "--labels", labels]
+    monkeypatch.setattr(zeroflow, "cost", lambda *_: {"seconds_to_label": 2.0, "seconds_to_train": 3.0})
     assert zeroflow.main(["label", *data_and_labels, "--iterations", "2", "--workers", "1"]) == 0
     assert "taken to be in one frame" in capsys.readouterr().err
     assert zeroflow.main(["check", *data_and_labels, "--device", "cpu", "--model", "narrow"]) == 0
     assert "Cloud, 1 logs, 1 pairs" in capsys.readouterr().out
-    assert train.main([*data_and_labels, "--steps", "1", "--out", student, "--device", "cpu"]) == 0
+    # Options of the data reach the reader: poses of elsewhere, a rate, and fewer pairs or sweeps.
+    np.savetxt(tmp_path / "elsewhere.txt", np.tile(np.eye(4)[:3].ravel(), (2, 1)))
+    options = ["--poses", str(tmp_path / "elsewhere.txt"), "--rate-hz", "5"]
+    assert zeroflow.main(["check", "--data", str(clouds), *options, "--json", str(tmp_path / "n.json")]) == 0
+    assert "taken to be in one frame" not in capsys.readouterr().err
+    assert json.loads((tmp_path / "n.json").read_text())["seconds_recorded"] == pytest.approx(0.2)
+    run = ["--steps", "1", "--out", str(tmp_path / "run"), "--device", "cpu", "--model", "narrow", "--workers", "0"]
+    assert train.main([*data_and_labels, *run]) == 0
+    student = str(tmp_path / "run" / "last.pt")
     files = [str(clouds / f"{i:06d}.bin") for i in (0, 1)]
     out = tmp_path / "flow.feather"
     assert zeroflow.main(["predict", "--checkpoint", student, *files, "--out", str(out), "--device", "cpu"]) == 0
