@@ -155,3 +155,51 @@ def error_against_time_figure(rows: dict[str, dict[str, float]]) -> Figure:
     ax.grid(alpha=0.3, which="both")
     ax.legend()
     return figure
+
+
+# --- Training --------------------------------------------------------------------------------------------------------
+
+
+def learning_curve_figure(lines: list[dict]) -> Figure:
+    """Loss by step, and beside it the errors of validations, from the lines of a run's log."""
+    steps = [line for line in lines if "loss" in line]
+    scores = [line for line in lines if "paper_three_way" in line]
+    figure = Figure(figsize=(12 if scores else 7, 4), layout="constrained")
+    axes = figure.subplots(1, 2 if scores else 1, squeeze=False)[0]
+    x, loss = [line["step"] for line in steps], np.array([line["loss"] for line in steps])
+    window = max(1, len(loss) // 50)
+    axes[0].plot(x, loss, color=SWEEP0, alpha=0.25, linewidth=0.8, label="a step")
+    smooth = np.convolve(loss, np.ones(window) / window, mode="valid")
+    axes[0].plot(x[window - 1 :], smooth, color=SWEEP0, label=f"mean of {window}")
+    axes[0].set(title="distillation loss", xlabel="step", ylabel="m", ylim=(0, None))
+    axes[0].legend()
+    if scores:
+        x = [line["step"] for line in scores]
+        axes[1].plot(x, [line["paper_three_way"] for line in scores], marker="o", label="paper three-way (m)")
+        bucketed = [line["bucketed_dynamic_mean"] for line in scores]
+        axes[1].plot(x, bucketed, marker="s", label="bucketed, dynamic (1: no motion)")
+        axes[1].set(title="validation", xlabel="step", ylim=(0, None))
+        axes[1].legend()
+    for ax in axes:
+        ax.grid(alpha=0.3)
+    return figure
+
+
+def scaling_law_figure(points: dict[str, dict[int, list[float]]], teacher: float, no_motion: float) -> Figure:
+    """Error against the number of logs learnt from: kind of labels -> logs -> errors (m), one a seed."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    ax = figure.subplots()
+    names = {"student": "student of pseudo-labels", "supervised": "the same network of true flow"}
+    for (kind, amounts), color, marker in zip(points.items(), (SWEEP0, SWEEP1), "os", strict=True):
+        ax.plot(list(amounts), [np.mean(errors) for errors in amounts.values()], color=color, label=names[kind])
+        for logs, errors in amounts.items():
+            ax.plot([logs] * len(errors), errors, color=color, marker=marker, linestyle="", alpha=0.6)
+    ax.axhline(teacher, color="black", linestyle="--", label="the teacher of the pseudo-labels")
+    ax.axhline(no_motion, color="0.6", linestyle=":", label="no motion")
+    ax.set(xscale="log", xlabel="logs learnt from", ylabel="grid three-way EPE on unseen logs (m)", ylim=(0, None))
+    ticks = sorted({logs for amounts in points.values() for logs in amounts})
+    ax.set_xticks(ticks, [str(tick) for tick in ticks])
+    ax.minorticks_off()
+    ax.grid(alpha=0.3)
+    ax.legend()
+    return figure

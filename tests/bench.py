@@ -1,6 +1,6 @@
 """Speed, and the teacher's error: python tests/bench.py NAME ...
 
-Names: street, data, labels, metrics, teacher, student, which is all without a name; student_xl, departures and
+Names: street, data, labels, metrics, teacher, student, train, which is all without a name; student_xl, departures and
 published, which take longer.
 Machines are shared and noisy: believe the ratios, and run it twice.
 """
@@ -26,6 +26,7 @@ import fastflow3d
 import metrics
 import nsfp
 import synthetic
+import train
 import zeroflow
 
 
@@ -241,6 +242,47 @@ def student(folder: str, name: str = "normal", repeats: int = 5) -> None:
         training_step(pc0, pc1)
         front_end(model, pc0)
         against_teachers(forms, pair)
+
+
+def training(folder: str) -> None:
+    """Pairs a second of loading alone, of the step alone and of both, at full density; and the step's peak memory."""
+    streets, labels = Path(folder) / "streets", Path(folder) / "labels"
+    synthetic.write_logs(streets, 1, dataclasses.replace(synthetic.PRESETS["full"], sweeps=7))
+    dataset = data.open_dataset(streets, true_flow=False)
+    zeroflow.label_dataset(dataset, labels, dataclasses.replace(nsfp.TEACHERS["fast"], iterations=5))
+    samples = train.Samples([train.LabelledPairs(dataset, labels)])
+    kept = [samples[i] for i in range(len(samples))]
+    device = zeroflow.default_device()
+    settings = train.TrainSettings(batch_size=1, micro_batch=1, steps=6, dtype="bfloat16", device=device, workers=0)
+    batches = train.load(samples, dataclasses.replace(settings, device="cpu"), 0)
+    with zeroflow.one_thread():
+        load = seconds(lambda: next(batches), 12)
+    rates = {}
+    for name, what, workers in (
+        ("step", kept, 0),
+        ("both", samples, 1),
+        ("step again", kept, 0),
+        ("both again", samples, 1),
+    ):
+        run = Path(folder) / name
+        train.train(what, dataclasses.replace(settings, workers=workers), run)
+        rates[name] = statistics.median(line["pairs_per_s"] for line in train.read_log(run)[1:])
+    step, both = (max(rates[name], rates[f"{name} again"]) for name in ("step", "both"))
+    print(f"training normal, bfloat16, {device}: loading {1 / load:.1f} pairs/s of one core, step {step:.2f} pairs/s,")
+    print(f"  both {both:.2f}: {both / step:.0%} of the step; for 250 pairs/s loading takes {250 * load:.1f} cores")
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        for count in (1, 4):
+            peak = pool.apply(peak_of_training, (kept[:1] * count, dataclasses.replace(settings, steps=1)))
+            print(f"  peak memory at a micro-batch of {count}: {peak:.2f} GB")
+
+
+def peak_of_training(samples: list, settings: train.TrainSettings) -> float:
+    count = len(samples)
+    train.train(samples, dataclasses.replace(settings, batch_size=count, micro_batch=count))
+    if settings.device == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1e6
 
 
 def student_xl(folder: str) -> None:
