@@ -139,20 +139,22 @@ class PillarEmbedder(nn.Module):
     def forward(self, clouds: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """-> pseudo-images (B, C, Y, X); of all points in a row: slot (N,) int64, image · Y · X + cell, or -1 outside;
         offset to the cell's centre (N, 3)."""
-        images, slots, offsets = [], [], []
+        slots, offsets, used_slots, pillars = [], [], [], []
         rows, columns = self.settings.cells
-        for points in clouds:
+        for i, points in enumerate(clouds):
             cell, center = assign_cells(points, self.settings)  # (N,), (N, 3)
             offset = points - center
             inside = cell >= 0
             used, pillar = cell[inside].unique(return_inverse=True)  # (K,) cells with points; (N,) in 0 ... K - 1
-            features = self.feature_net(points[inside], offset[inside], pillar, len(used))  # (K, C)
-            image = features.new_zeros(rows * columns, features.shape[1]).index_copy(0, used, features)
-            slots.append(torch.where(inside, len(images) * rows * columns + cell, -1))
-            images.append(image)
+            pillars.append(self.feature_net(points[inside], offset[inside], pillar, len(used)))  # (K, C)
+            used_slots.append(i * rows * columns + used)
+            slots.append(torch.where(inside, i * rows * columns + cell, -1))
             offsets.append(offset)
+        pillars = torch.cat(pillars)
+        images = pillars.new_zeros(len(clouds) * rows * columns, pillars.shape[1])
+        images.index_copy_(0, torch.cat(used_slots), pillars)  # in place: a second such picture is what would cost
         # The channels of a pixel lie side by side (channels_last).
-        images = torch.stack(images).unflatten(1, (rows, columns)).permute(0, 3, 1, 2)
+        images = images.unflatten(0, (len(clouds), rows, columns)).permute(0, 3, 1, 2)
         return images, torch.cat(slots), torch.cat(offsets)
 
 
