@@ -451,7 +451,8 @@ class FastFlow3DInference(nn.Module):
                 self._flow(inputs)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=side):  # the default stream is of whichever GPU captured first
+        # The default stream is of whichever GPU captured first; and other threads, of a data loader say, may allocate.
+        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
             outputs = self._flow(inputs)
         return graph, inputs, outputs
 

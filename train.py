@@ -17,6 +17,7 @@ bit. On SIGTERM, which is how clusters take a machine back, it writes last.pt an
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import dataclasses
 import datetime
@@ -125,9 +126,9 @@ STREET_TEACHER = dataclasses.replace(
 )
 DTYPES = ("float32", "bfloat16")
 TRAIN_SEED, TEST_SEED = 0, 1  # of the street's logs
-# What a resumed run may be given anew: where things are, and how fast it goes, but not what comes out.
+# What a resumed run may be given anew: where things are, how fast it goes, and the way out where gradients explode.
 MAY_CHANGE = {"resume", "out", "data", "labels", "val", "val_share", "workers", "device", "checkpoint_every", "picture"}
-MAY_CHANGE |= {"validate_every", "max_broken"}
+MAY_CHANGE |= {"validate_every", "max_broken", "lr", "clip_norm", "dtype"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -154,14 +155,16 @@ def resolve(arguments: argparse.Namespace) -> TrainSettings:
     """Settings from what was given: over the stored ones of a run that is resumed, else over a preset's."""
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    if given.get("resume"):
-        stored = newest_checkpoint(Path(given.get("out", TrainSettings.out)))["train_settings"]
-        stored = TrainSettings(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})
+    out = Path(given.get("out", TrainSettings.out))
+    is_begun = any((out / name).exists() for name in CHECKPOINTS)
+    if given.get("resume") and (is_begun or not given.get("data")):
+        stored = TrainSettings(**newest_checkpoint(out)["train_settings"])
         for name, value in given.items():
-            if name not in MAY_CHANGE and value != getattr(stored, name):
-                option, kept = name.replace("_", "-"), getattr(stored, name)
+            option, kept = name.replace("_", "-"), getattr(stored, name)
+            if value != kept and name not in MAY_CHANGE:
                 raise data.DataError(f"--{option} {value!r}: the run was begun with {kept!r}; a resumed run keeps it")
-        return dataclasses.replace(stored, **given)
+        return dataclasses.replace(stored, **{**given, "out": str(out)})
+    given["resume"] = False  # there is nothing yet to go on with: the same command begins a run and goes on with it
     preset = given.get("preset", "" if given.get("data") or given.get("curve") else "street")
     if preset and preset not in PRESETS:
         raise data.DataError(f"--preset {preset!r}: choose one of {', '.join(PRESETS)}")
@@ -182,6 +185,10 @@ def run(settings: TrainSettings) -> dict[str, dict[str, float]]:
         # Other options are of what is learnt from: what has a truth has a map of its own, and poses.
         whole = dataclasses.replace(TrainSettings(), pairs_per_log=0, sweeps_per_log=0)
         test_set = zeroflow.open_and_tell(settings.val, whole) if settings.val else None
+        if test_set is not None and test_set[0].flow is None:
+            raise data.DataError(
+                f"--val {settings.val}: has no annotations to compare with; give another split, or none"
+            )
     else:
         train_set, test_set, test_labels = prepare_street(settings)
         samples = Samples([LabelledPairs(train_set, test_labels, keep=True)], settings.fraction)
@@ -189,7 +196,7 @@ def run(settings: TrainSettings) -> dict[str, dict[str, float]]:
     if settings.data and test_set is not None:
         count = max(1, round(settings.val_share * len(test_set)))
         share = Subset(test_set, [i * len(test_set) // count for i in range(count)])
-        validate = functools.partial(score, share)
+        validate = functools.partial(score, share, settings.max_broken)
     model = train(samples, settings, folder, validate)
     if model is None:
         say(f"stopped by a signal; go on with: python train.py --resume true --out {folder}")
@@ -200,15 +207,15 @@ def run(settings: TrainSettings) -> dict[str, dict[str, float]]:
     if test_set is None or not is_first:
         return {}
 
-    estimators = {
-        "no motion": zeroflow.timed(zeroflow.no_motion),
-        "nearest": zeroflow.timed(zeroflow.nearest_neighbour),
-    }
-    if test_labels is not None:
+    estimators = {}
+    if not settings.data:  # the street is small enough for company
+        estimators["no motion"] = zeroflow.timed(zeroflow.no_motion)
+        estimators["nearest"] = zeroflow.timed(zeroflow.nearest_neighbour)
         estimators["teacher"] = zeroflow.from_labels(zeroflow.open_labels(test_labels, test_set))
     estimators["student"] = zeroflow.from_student(model.prepare_inference())
     with zeroflow.one_thread():  # for every row of the table, so that times can be compared
-        rows = {name: zeroflow.evaluate(test_set, estimator) for name, estimator in estimators.items()}
+        share = settings.max_broken
+        rows = {name: zeroflow.evaluate(test_set, each, max_broken=share) for name, each in estimators.items()}
         if "teacher" in rows:  # its labels were made by several processes at once: time it again, alone as the others
             again = zeroflow.from_teacher(STREET_TEACHER)
             rows["teacher"]["seconds_per_pair"] = statistics.median(
@@ -238,6 +245,12 @@ def check_settings(settings: TrainSettings) -> None:
                 f"--{name.replace('_', '-')} {getattr(settings, name)!r}: choose one of {', '.join(choices)}"
             )
     roots = len(settings.data)
+    if not roots and (settings.supervised or settings.preset not in ("", "street", "scaling-law")):
+        raise data.DataError(f"--preset {settings.preset} --supervised {settings.supervised}: needs --data")
+    if roots and settings.preset in ("street", "scaling-law"):
+        raise data.DataError(f"--preset {settings.preset}: is of the street; leave --data out, or choose another")
+    if not roots and rank_of()[1] > 1:
+        raise data.DataError("the street is for one process; give --data, or leave torchrun out")
     if settings.supervised and settings.labels:
         raise data.DataError("--supervised learns from the true flow; leave --labels out")
     if not settings.supervised and len(settings.labels) != roots:
@@ -255,6 +268,8 @@ def check_settings(settings: TrainSettings) -> None:
     for name in ("epochs", "batch_size", "micro_batch", "checkpoint_every"):
         if getattr(settings, name) < 1:
             raise data.DataError(f"--{name.replace('_', '-')} {getattr(settings, name)}: must be positive")
+    if settings.workers < 0 or not settings.lr > 0:
+        raise data.DataError(f"--workers {settings.workers} --lr {settings.lr}: workers 0 or more, lr above 0")
     if settings.steps < 0 or not 0 < settings.fraction <= 1:
         raise data.DataError(
             f"--steps {settings.steps} --fraction {settings.fraction}: steps 0 or more, 0 < fraction <= 1"
@@ -302,14 +317,15 @@ SCALING_SEEDS = (0, 1, 2)
 
 
 def scaling_law(settings: TrainSettings, folder: Path) -> dict[str, dict[str, float]]:
-    """Error on unseen logs against the number of logs learnt from: scaling_law.json, a table, and scaling_law.png.
+    """Error on unseen logs against the number of logs learnt from: scaling_law_*.json, a table, and scaling_law.png.
 
     Every run has the same number of steps. Runs that are there already are not made again.
     """
     import viz  # matplotlib is loaded only when a picture is asked for
 
     train_set, test_set, labels = prepare_street(settings)
-    file = folder / "scaling_law.json"
+    recipe = dataclasses.asdict(dataclasses.replace(settings, out="", device="", workers=0, seed=0, resume=False))
+    file = folder / f"scaling_law_{_digest(sorted(recipe.items()))[:8]}.json"  # another recipe, another file
     runs = json.loads(file.read_text()) if file.exists() else {}
     teacher = zeroflow.evaluate(test_set, zeroflow.from_labels(zeroflow.open_labels(labels, test_set)))
     baseline = zeroflow.evaluate(test_set, zeroflow.timed(zeroflow.no_motion))
@@ -326,7 +342,11 @@ def scaling_law(settings: TrainSettings, folder: Path) -> dict[str, dict[str, fl
             part.keys = [key for key in part.keys if key.log_id in train_logs[:logs]]
             samples = Samples([LabelledPairs(part, None if kind == "supervised" else labels, keep=True)])
             chosen = dataclasses.replace(settings, seed=seed, supervised=kind == "supervised")
-            student = zeroflow.from_student(train(samples, chosen).prepare_inference())
+            model = train(samples, chosen)
+            if model is None:
+                print("stopped by a signal; the same command goes on")
+                return {}
+            student = zeroflow.from_student(model.prepare_inference())
             runs[name] = zeroflow.evaluate(test_set, student)["grid_three_way"]
             with zeroflow.atomic_file(file) as out:
                 out.write(json.dumps(runs, indent=2).encode())
@@ -376,6 +396,9 @@ class LabelledPairs(Dataset):
         has_label = set(self.labels.keys if self.labels else dataset.keys)
         self.indices = [index for index, key in enumerate(dataset.keys) if key in has_label]
         self.kept = {} if keep else None
+        self.teacher = "true flow" if labels is None else "published"
+        if labels is not None and (Path(labels) / "settings.json").exists():
+            self.teacher = zeroflow.settings_hash(zeroflow.folder_settings(labels))
         missing = [key for key in dataset.keys if key not in has_label]
         if missing:
             text = f"{labels}: {len(missing)} of {len(dataset)} pairs have no label and are left out"
@@ -405,11 +428,15 @@ class LabelledPairs(Dataset):
         return pair.pc0[keep], pair.pc1[~pair.is_ground1], flow[keep], has_flow[keep], weight[keep]
 
 
+STAND_INS = 100  # at most so many are tried for one that cannot be read
+
+
 class Samples(Dataset):
     """The samples of several `LabelledPairs`, or a share of them, each as (*sample, error).
 
     Which pairs belong to a share depends on their keys alone, so a smaller share is part of a larger one. Where a
     sample cannot be read, the next that can stands in for it, and `error` says why; else it is "".
+    hash: of the list of pairs, and of what made their labels.
     """
 
     def __init__(self, parts: Sequence[LabelledPairs], fraction: float = 1.0):
@@ -417,20 +444,20 @@ class Samples(Dataset):
         digests = [_digest(part.dataset.keys[part.indices[i]]) for part, i in self.rows]
         chosen = sorted(range(len(digests)), key=digests.__getitem__)[: max(1, round(fraction * len(digests)))]
         self.rows = [self.rows[i] for i in sorted(chosen)]
-        self.hash = _digest(sorted(digests[i] for i in chosen))  # of the list of pairs
+        self.hash = _digest([digests[i] for i in sorted(chosen)] + [part.teacher for part in parts])
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> tuple:
         errors = []
-        for other in range(index, index + len(self)):
+        for other in range(index, index + min(len(self), STAND_INS)):
             part, i = self.rows[other % len(self)]
             try:
                 return *part[i], "; ".join(errors)
             except (data.DataError, OSError) as error:
                 errors.append(str(error))
-        raise data.DataError(f"none of {len(self)} pairs can be read; the first: {errors[0]}")
+        raise data.DataError(f"none of {len(errors)} pairs in a row can be read; the first: {errors[0]}")
 
 
 def _digest(value) -> str:
@@ -509,47 +536,37 @@ def train(
     where too many samples cannot be read, or gradients stay without a finite value.
     """
     rank, world = rank_of()
+    state = State(samples_hash=getattr(samples, "hash", ""))
+    agree_on(state.samples_hash)
     if len(samples) < world:
         raise data.DataError(f"{len(samples)} pairs for {world} processes; start fewer, or label more")
     torch.manual_seed(settings.seed)
     model = fastflow3d.FastFlow3D(fastflow3d.MODELS[settings.model])
     model.to(settings.device, memory_format=torch.channels_last).train()  # how convolutions are fastest
     optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr)
-    state = State(samples_hash=getattr(samples, "hash", ""))
     if settings.resume:
-        state = restore(folder, model, optimizer, state)
+        state = restore(folder, model, optimizer, state, settings)
     parallel = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    autocast = torch.autocast(torch.device(settings.device).type, torch.bfloat16, settings.dtype == "bfloat16")
-    total = settings.steps or settings.epochs * steps_per_epoch(len(samples), settings)
-    log = Log(folder if rank == 0 else None, state.step)
+    per_epoch = steps_per_epoch(len(samples), settings)
+    total = settings.steps or settings.epochs * per_epoch
+    writes = folder is not None and rank == 0
+    log = Log(folder if writes else None, state.step)
+    if writes and state.step == 0:
+        save_last(folder, model, optimizer, state, settings)
     batches = load(samples, settings, state.step, rank, world)
     progress = tqdm(total=total, initial=state.step, desc="student", unit="step", disable=rank > 0)
     with stop_signals() as stopped:
-        while state.step < total:
-            if any_of(stopped, settings.device):
-                break
+        while state.step < total and not any_of(stopped, settings.device):
             start, step = time.perf_counter(), state.step
             before = [buffer.clone() for buffer in model.buffers()]  # running statistics: part of a step, or not
             is_weighted = step < settings.weighted_share * total and not settings.supervised
             weight = settings.speed_weight if is_weighted else "none"
             mine = len(micro_batches(step, len(samples), settings, rank, world))
-            loss = torch.zeros((), device=settings.device)  # summed there: asking for its value waits for the device
-            for part in range(mine):
-                if world == 1 and stopped:
-                    break
-                *columns, errors = next(batches)
-                state.note(errors, settings, len(columns[0]))
-                pc0s, pc1s, labels, has_flow, weights = columns
-                with contextlib.nullcontext() if world == 1 or part == mine - 1 else parallel.no_sync():
-                    with autocast:
-                        flows, is_in_grid = parallel(pc0s, pc1s)
-                    masks = [known & inside for known, inside in zip(has_flow, is_in_grid, strict=True)]
-                    part_loss = zeroflow.distillation_loss(flows, labels, masks, weight, weights)
-                    (part_loss * world).backward()  # several processes average their gradients, and this is a sum
-                loss += part_loss.detach()
-            if world == 1 and stopped:
+            found = gradient(parallel, itertools.islice(batches, mine), mine, weight, settings, stopped)
+            if found is None:
                 put_back(model, before)
                 break
+            loss, shown, errors = found
             # Of the whole batch, whatever its parts; without clipping it tells whether all is finite.
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm or math.inf).item()
             optimizer.param_groups[0]["lr"] = learning_rate(step, total, settings)
@@ -557,31 +574,57 @@ def train(
                 optimizer.step()
             else:
                 put_back(model, before)
-            state.count(math.isfinite(norm))
             optimizer.zero_grad()
-            state.step += 1
-            count = len(batch_of(step, len(samples), settings))
-            loss = summed(loss).item() / count  # a mean over pairs
-            pairs_per_s = count / (time.perf_counter() - start)
-            line = {"step": state.step, "loss": loss, "lr": optimizer.param_groups[0]["lr"], "gradient": norm}
+            loss, shown, broken = summed(torch.stack([loss, *loss.new_tensor([shown, len(errors)])])).tolist()
+            state.count(math.isfinite(norm), int(shown), int(broken), errors, settings)
+            pairs_per_s = shown / (time.perf_counter() - start)
+            line = {"step": state.step, "loss": loss / shown, "lr": optimizer.param_groups[0]["lr"], "gradient": norm}
             log.write({**line, "weight": weight, "pairs_per_s": pairs_per_s, **state.counts()})
             progress.update()
             if state.step % 50 == 0:
                 progress.set_postfix(loss=f"{log.recent_loss():.4f}", pairs_per_s=f"{pairs_per_s:.1f}", weight=weight)
-            every = settings.validate_every or steps_per_epoch(len(samples), settings)
-            if validate and rank == 0 and (state.step % every == 0 or state.step == total):
-                found = validate(model)
-                log.write({"step": state.step, **found})
-                if folder and found["paper_three_way"] < state.best:
-                    state.best = found["paper_three_way"]
-                    save(folder / "best.pt", model, optimizer, state, settings)
-            if folder and rank == 0 and (state.step % settings.checkpoint_every == 0 or state.step == total):
+            is_last = state.step == total
+            validates = validate is not None and (state.step % (settings.validate_every or per_epoch) == 0 or is_last)
+            if writes and (state.step % settings.checkpoint_every == 0 or validates or is_last):
                 save_last(folder, model, optimizer, state, settings)
-        else:
-            return model
-    if folder and rank == 0:
+            if writes and validates:
+                numbers = validate(model)
+                log.write({"step": state.step, **numbers})
+                if numbers["paper_three_way"] < state.best:
+                    state.best = numbers["paper_three_way"]
+                    save(folder / "best.pt", model, optimizer, state, settings)
+                    save_last(folder, model, optimizer, state, settings)
+    if state.step == total and not stopped:
+        return model
+    if writes and state.step < total:
         save_last(folder, model, optimizer, state, settings)
     return None
+
+
+def gradient(
+    parallel, batches, count: int, weight: str, settings: TrainSettings, stopped: list[int]
+) -> tuple[torch.Tensor, int, list[str]] | None:
+    """Add up the gradient of this process's micro-batches: the sum over their samples of the mean over points.
+
+    Returns the sum of losses, on the device (asking for its value waits for the device); how many samples; what could
+    not be read. None if a signal came; of several processes none may leave the others waiting, so they stop elsewhere.
+    """
+    rank, world = rank_of()
+    autocast = torch.autocast(torch.device(settings.device).type, torch.bfloat16, settings.dtype == "bfloat16")
+    loss, shown, every_error = torch.zeros((), device=settings.device), 0, []
+    for part, (pc0s, pc1s, labels, has_flow, weights, errors) in enumerate(batches):
+        if world == 1 and stopped:
+            return None
+        with contextlib.nullcontext() if world == 1 or part == count - 1 else parallel.no_sync():
+            with autocast:
+                flows, is_in_grid = parallel(pc0s, pc1s)
+            masks = [known & inside for known, inside in zip(has_flow, is_in_grid, strict=True)]
+            part_loss = zeroflow.distillation_loss(flows, labels, masks, weight, weights)
+            (part_loss * world).backward()  # several processes average their gradients, and this is a sum
+        loss += part_loss.detach()
+        shown += len(pc0s)
+        every_error += errors
+    return None if world == 1 and stopped else (loss, shown, every_error)
 
 
 @dataclass
@@ -596,24 +639,24 @@ class State:
     broken: int = 0  # of them those that another one stood in for
     best: float = math.inf  # lowest paper_three_way at a validation
 
-    def note(self, errors: list[str], settings: TrainSettings, count: int) -> None:
-        self.shown += count
-        self.broken += len(errors)
+    def count(self, is_finite: bool, shown: int, broken: int, errors: list[str], settings: TrainSettings) -> None:
+        """A step is done. Raises DataError where this must not go on."""
+        self.step += 1
+        self.shown += shown
+        self.broken += broken
         for error in errors:
             print(f"replaced by another: {error}", file=sys.stderr)
-        if self.broken > settings.max_broken * max(100, self.shown):
+        if broken and self.broken > settings.max_broken * max(100, self.shown):
             raise data.DataError(
                 f"{self.broken} of {self.shown} pairs could not be read, more than --max-broken {settings.max_broken}; "
-                f"mend the data (python zeroflow.py check), or allow more; the last: {errors[-1]}"
+                "mend the data (python zeroflow.py check says where), or allow more"
             )
-
-    def count(self, is_finite: bool) -> None:
         self.skipped += not is_finite
         self.skipped_in_a_row = 0 if is_finite else self.skipped_in_a_row + 1
         if self.skipped_in_a_row == 10:
             raise data.DataError(
-                f"step {self.step}: the gradient was not finite ten times in a row; lower --lr, set --clip-norm, or "
-                "take --dtype float32; no checkpoint was written since"
+                f"step {self.step}: the gradient was not finite ten times in a row; go on by --resume true with a "
+                "lower --lr, a --clip-norm, or --dtype float32"
             )
 
     def counts(self) -> dict[str, int]:
@@ -633,9 +676,9 @@ def learning_rate(step: int, total: int, settings: TrainSettings) -> float:
     return settings.lr * min(1.0, (step + 1) / (0.05 * total)) * 0.5 * (1 + math.cos(math.pi * step / total))
 
 
-def score(pairs: Sequence[data.SweepPair], model: fastflow3d.FastFlow3D) -> dict[str, float]:
+def score(pairs: Sequence[data.SweepPair], max_broken: float, model: fastflow3d.FastFlow3D) -> dict[str, float]:
     """The numbers of a validation: the paper's three-way, and the bucket-normalised one, which may disagree."""
-    numbers = zeroflow.evaluate(pairs, zeroflow.from_student(model.prepare_inference()), max_broken=0.05)
+    numbers = zeroflow.evaluate(pairs, zeroflow.from_student(model.prepare_inference()), max_broken=max_broken)
     return {name: numbers[name] for name in ("paper_three_way", "bucketed_dynamic_mean", "grid_three_way")}
 
 
@@ -658,6 +701,17 @@ def processes(settings: TrainSettings) -> Iterator[TrainSettings]:
         yield settings
     finally:
         dist.destroy_process_group()
+
+
+def agree_on(text: str) -> None:
+    """Raise DataError in all processes unless they have the same: labels may still be coming in."""
+    if dist.is_initialized():
+        texts = [None] * dist.get_world_size()
+        dist.all_gather_object(texts, text)
+        if len(set(texts)) > 1:
+            raise data.DataError(
+                "the processes see different pairs; is labelling still going on? Start when it is done"
+            )
 
 
 def rank_of() -> tuple[int, int]:
@@ -693,11 +747,11 @@ def stop_signals() -> Iterator[list[int]]:
 
 # --- The run's folder ------------------------------------------------------------------------------------------------
 
-CHECKPOINTS = ("last.pt", "previous.pt")
+CHECKPOINTS = (".new.pt", "last.pt", "previous.pt")  # newest first; each is whole, or not there
 
 
 def save_last(folder: Path, model, optimizer, state: State, settings: TrainSettings) -> None:
-    """last.pt becomes previous.pt, and the new one last.pt; whenever the power fails, one of them is whole."""
+    """last.pt becomes previous.pt, and the new one last.pt; whenever the power fails, one of the three is whole."""
     new = folder / ".new.pt"
     save(new, model, optimizer, state, settings)
     if (folder / "last.pt").exists():
@@ -729,10 +783,11 @@ def newest_checkpoint(folder: Path) -> dict:
             except Exception as error:  # whatever a torn file makes torch raise
                 torn.append(f"{folder / name}: is torn ({str(error)[:100]})")
             print(f"{torn[-1]}; taking the one before", file=sys.stderr)
-    raise data.DataError(f"--resume: {folder} holds no whole checkpoint{'; ' + torn[0] if torn else ''}")
+    more = f"; {torn[0]}" if torn else "; to begin a run, give its --data"
+    raise data.DataError(f"--resume: {folder} holds no whole checkpoint{more}")
 
 
-def restore(folder: Path, model, optimizer, state: State) -> State:
+def restore(folder: Path, model, optimizer, state: State, settings: TrainSettings) -> State:
     """Model, optimiser and state as the newest checkpoint has them. Raises DataError if it learns from other pairs."""
     checkpoint = newest_checkpoint(folder)
     stored = State(**checkpoint["state"])
@@ -742,6 +797,9 @@ def restore(folder: Path, model, optimizer, state: State) -> State:
         )
     model.load_state_dict(checkpoint["model"])
     optimizer.load_state_dict(checkpoint["optimizer"])
+    before = checkpoint["train_settings"]
+    if (before["val"], before["val_share"]) != (settings.val, settings.val_share):
+        stored.best = math.inf  # it was of other pairs
     return stored
 
 
@@ -749,22 +807,25 @@ class Log:
     """log.jsonl: a line a step, and one a validation. What a resumed run does again is cut off first."""
 
     def __init__(self, folder: Path | None, step: int):
-        self.losses, self.file = [], None
+        self.losses, self.file = collections.deque(maxlen=50), None
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
+            for left_over in folder.glob(".*.tmp"):  # of a checkpoint that was being written
+                left_over.unlink()
             lines = [line for line in read_log(folder) if line["step"] <= step]
             with zeroflow.atomic_file(folder / "log.jsonl") as file:
                 file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
             self.file = open(folder / "log.jsonl", "a")
 
     def write(self, line: dict) -> None:
-        self.losses.append(line.get("loss", self.losses[-1] if self.losses else math.nan))
+        if "loss" in line:
+            self.losses.append(line["loss"])
         if self.file:
             self.file.write(json.dumps(line) + "\n")
             self.file.flush()
 
     def recent_loss(self) -> float:
-        return statistics.mean(self.losses[-50:])
+        return statistics.mean(self.losses)
 
 
 def read_log(folder: Path) -> list[dict]:

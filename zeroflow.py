@@ -155,7 +155,8 @@ def read_label(labels: str | Path, key: PairKey, num_points: int | None = None) 
     if found != key:
         raise DataError(f"{path}: is the label of {tuple(found)}, not of {tuple(key)}; {remedy}")
     if num_points is not None and num_points != table.num_rows:
-        raise DataError(f"{path}: has {table.num_rows} rows, its sweep has {num_points} points; {remedy}")
+        sweep = f"{key.timestamp0_ns} of log {key.log_id}"
+        raise DataError(f"{path}: has {table.num_rows} rows, its sweep has {num_points} points ({sweep}); {remedy}")
     flow = torch.from_numpy(data.stack(table, data.FLOW_COLUMNS).astype(np.float32))
     has_flow = torch.from_numpy(table["has_flow"].to_numpy())
     return Label(key, flow, has_flow, about["settings"], loss, seconds)

@@ -434,6 +434,7 @@ if __name__ == "__main__":
         "metrics": all_metrics,
         "teacher": teacher,
         "student": student,
+        "train": training,
     }
     for name in sys.argv[1:] or benches:
         with tempfile.TemporaryDirectory() as folder:
