@@ -609,7 +609,7 @@ def gradient(
     Returns the sum of losses, on the device (asking for its value waits for the device); how many samples; what could
     not be read. None if a signal came; of several processes none may leave the others waiting, so they stop elsewhere.
     """
-    rank, world = rank_of()
+    _, world = rank_of()
     autocast = torch.autocast(torch.device(settings.device).type, torch.bfloat16, settings.dtype == "bfloat16")
     loss, shown, every_error = torch.zeros((), device=settings.device), 0, []
     for part, (pc0s, pc1s, labels, has_flow, weights, errors) in enumerate(batches):
