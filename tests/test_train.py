@@ -644,7 +644,8 @@ def test_the_loop_can_overfit_the_real_pair(av2_pair):
         (["--data", "/no/such/folder", "--labels", "labels"], "/no/such/folder: no such folder"),
     ],
 )
-def test_settings_that_cannot_work_stop_at_once(arguments, message, capsys):
+def test_settings_that_cannot_work_stop_at_once(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where there is no run of the user's own
     assert train.main(arguments) == 1
     assert message in capsys.readouterr().err
     with pytest.raises(SystemExit):
