@@ -1340,7 +1340,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--masks", metavar="FILE", help="the masks of the 2023 challenge, a zip or a folder")
         return source
 
-    sub = command("evaluate", _evaluate, "compare flow with the truth", "--data av2/val --checkpoint student.pt")
+    sub = command("evaluate", _evaluate, "compare flow with the truth", "--data av2/val --checkpoint run/last.pt")
     sources(sub).add_argument("--predictions", help="a submission to either challenge: a zip, or a folder")
     sub.add_argument("--json", metavar="FILE", help="write all numbers here, flat; metrics.py says what they mean")
     add_max_broken(sub)
@@ -1353,7 +1353,7 @@ def _parser() -> argparse.ArgumentParser:
         "submit",
         _submit,
         "write the archive that a scene flow challenge takes",
-        "--data av2/test --checkpoint student.pt --challenge 2024 --out submission.zip",
+        "--data av2/test --checkpoint run/last.pt --challenge 2024 --out submission.zip",
     )
     sources(sub)
     sub.add_argument("--challenge", type=int, choices=data.CHALLENGES, required=True)
@@ -1365,7 +1365,7 @@ def _parser() -> argparse.ArgumentParser:
         "predict",
         _predict,
         "estimate the flow between two clouds of your own, one row a point of CLOUD0",
-        "--checkpoint student.pt 0.bin 1.bin --pose ego1_SE3_ego0.txt --out flow.npz --picture flow.png",
+        "--checkpoint run/last.pt 0.bin 1.bin --pose ego1_SE3_ego0.txt --out flow.npz --picture flow.png",
     )
     sub.add_argument("--checkpoint", required=True, help="a student: of train.py, or a published file")
     sub.add_argument(
