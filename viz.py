@@ -7,10 +7,12 @@ Sweep 0 is blue, sweep 1 orange, ground grey. Flow arrows are at true scale.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
 
 import metrics
@@ -19,34 +21,52 @@ from data import DYNAMIC_THRESHOLD_M, SweepPair
 SWEEP0, SWEEP1, GROUND = "tab:blue", "tab:orange", "0.8"
 
 
+def from_above(
+    titles: Sequence[str], columns: int = 2, half_m: float = 25.6, panel_in: float = 5.0, window: tuple | None = None
+) -> tuple:
+    """(figure, its axes): a panel for each title, all with the same limits, in metres, and the ego at the origin.
+
+    window: (x from, to, y from, to) instead, and no ego.
+    """
+    x0, x1, y0, y1 = window or (-half_m, half_m, -half_m, half_m)
+    rows = -(-len(titles) // columns)
+    figure = Figure(figsize=(panel_in * columns, panel_in * rows * (y1 - y0) / (x1 - x0)), layout="compressed")
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
+    for ax in grid[len(titles) :]:
+        ax.remove()
+    for ax, title in zip(grid, titles, strict=False):
+        ax.set(title=title, xlim=(x0, x1), ylim=(y0, y1), aspect="equal")
+        if window is None:
+            ax.plot(0, 0, marker=">", color="black", zorder=3)  # the ego
+        ax.set(xlabel="x, forward (m)", ylabel="y, left (m)")
+        ax.label_outer()
+    return figure, grid[: len(titles)]
+
+
 def flow_figure(pair: SweepPair, flows: dict[str, torch.Tensor], half_m: float = 25.6) -> Figure:
     """Both sweeps after ego-motion, then one panel for each named residual flow (N0, 3); save with `.savefig(file)`."""
-    columns = 2
-    rows = -(-(1 + len(flows)) // columns)
-    figure = Figure(figsize=(5 * columns, 5 * rows), layout="compressed")
-    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    axes = grid.flatten()[: 1 + len(flows)]
-    for ax in grid.flatten()[len(axes) :]:
-        ax.remove()
+    titles = ["sweep 0 (blue), sweep 1 (orange)", *(f"residual flow: {name}" for name in flows)]
+    figure, axes = from_above(titles, half_m=half_m)
     draw_points(axes[0], pair.pc0[pair.is_ground0], GROUND)
     draw_points(axes[0], pair.pc0[~pair.is_ground0], SWEEP0)
     draw_points(axes[0], pair.pc1[~pair.is_ground1], SWEEP1)
-    axes[0].set_title("sweep 0 (blue), sweep 1 (orange)")
-    for ax, (name, flow) in zip(axes[1:], flows.items(), strict=True):
+    for ax, flow in zip(axes[1:], flows.values(), strict=True):
         draw_points(ax, pair.pc0[~pair.is_ground0], SWEEP0, alpha=0.25)
         draw_flow(ax, pair.pc0[~pair.is_ground0], flow[~pair.is_ground0])
-        ax.set_title(f"residual flow: {name}")
-    for ax in axes:
-        ax.set(xlim=(-half_m, half_m), ylim=(-half_m, half_m), aspect="equal")
-        ax.plot(0, 0, marker=">", color="black")  # the ego
-    figure.supxlabel("x, forward (m)")
-    figure.supylabel("y, left (m)")
     return figure
 
 
 def draw_points(ax: Axes, points: torch.Tensor, color: str, alpha: float = 1.0) -> None:
     """points (N, 3) in metres, seen from above."""
     ax.scatter(points[:, 0], points[:, 1], s=2.0, color=color, alpha=alpha, linewidths=0, rasterized=True)
+
+
+def draw_values(ax: Axes, points: torch.Tensor, values: torch.Tensor, limits: tuple[float, float], size: float = 2.0):
+    """points (N, 3) coloured by values (N,), between limits; returns what a colour bar needs."""
+    low, high = limits
+    return ax.scatter(
+        *points[:, :2].T, s=size, c=values, cmap="viridis", vmin=low, vmax=high, linewidths=0, rasterized=True
+    )
 
 
 def draw_flow(ax: Axes, points: torch.Tensor, flow: torch.Tensor) -> None:
@@ -66,33 +86,16 @@ def error_map_figure(
     pair: SweepPair, flow: torch.Tensor, is_input: torch.Tensor, title: str, half_m: float = 51.2
 ) -> Figure:
     """The true flow, and beside it the end-point error of `flow` (N0, 3) at the points `is_input` (N0,)."""
-    figure = Figure(figsize=(12, 6), layout="compressed")
-    axes = figure.subplots(1, 2, sharex=True, sharey=True)
+    figure, axes = from_above(["true residual flow", "end-point error"], half_m=half_m, panel_in=6.0)
     points, error = pair.pc0[is_input], (flow - pair.flow)[is_input].norm(dim=1)
     for ax in axes:
         draw_points(ax, pair.pc0[pair.is_ground0], GROUND)
     draw_points(axes[0], points, SWEEP0, alpha=0.25)
     draw_flow(axes[0], points, pair.flow[is_input])
-    axes[0].set_title("true residual flow")
     order = error.argsort()  # large errors on top
-    dots = axes[1].scatter(
-        *points[order, :2].T,
-        s=2.0,
-        c=error[order],
-        cmap="viridis",
-        vmin=0,
-        vmax=MOST_ERROR_M,
-        linewidths=0,
-        rasterized=True,
-    )
-    axes[1].set_title("end-point error")
+    dots = draw_values(axes[1], points[order], error[order], (0, MOST_ERROR_M))
     figure.colorbar(dots, ax=axes, label="m", extend="max", shrink=0.8)
-    for ax in axes:
-        ax.set(xlim=(-half_m, half_m), ylim=(-half_m, half_m), aspect="equal")
-        ax.plot(0, 0, marker=">", color="black")  # the ego
     figure.suptitle(title)
-    figure.supxlabel("x, forward (m)")
-    figure.supylabel("y, left (m)")
     return figure
 
 
@@ -151,6 +154,8 @@ def error_against_time_figure(rows: dict[str, dict[str, float]]) -> Figure:
         else:
             ax.plot(seconds, error, marker="*", markersize=14, linestyle="", label=name)
     ax.margins(x=0.2, y=0.1)
+    ax.set_yticks([0.05, 0.1, 0.2], ["0.05", "0.1", "0.2"])
+    ax.tick_params(axis="y", which="minor", labelleft=False)
     ax.set_title("grey: the paper's, Argoverse 2's validation split on its GPU; in colour: measured here")
     ax.grid(alpha=0.3, which="both")
     ax.legend()
@@ -201,5 +206,144 @@ def scaling_law_figure(points: dict[str, dict[int, list[float]]], teacher: float
     ax.set_xticks(ticks, [str(tick) for tick in ticks])
     ax.minorticks_off()
     ax.grid(alpha=0.3)
+    ax.legend()
+    return figure
+
+
+# --- To explain with -------------------------------------------------------------------------------------------------
+
+
+def values_figure(points: torch.Tensor, values: torch.Tensor, label: str, limits: tuple, half_m: float = 25.6) -> Figure:
+    """points (N, 3) from above, coloured by values (N,) between the limits; label: what they are, with the unit."""
+    figure, axes = from_above([f"{len(points):,} points"], columns=1, half_m=half_m, panel_in=6.0)
+    dots = draw_values(axes[0], points, values, limits, size=6.0)
+    figure.colorbar(dots, ax=axes, label=label, extend="both", shrink=0.8)
+    return figure
+
+
+def clouds_figure(panels: dict[str, tuple], half_m: float = 25.6, window: tuple | None = None) -> Figure:
+    """A panel for each title: (pc0 (N, 3), pc1 (M, 3)), and where given, the flow (N, 3) of pc0 as arrows."""
+    columns = min(3, len(panels))
+    figure, axes = from_above(list(panels), columns=columns, half_m=half_m, panel_in=4.5, window=window)
+    for ax, (pc0, pc1, *flow) in zip(axes, panels.values(), strict=True):
+        for points, color, name in ((pc0, SWEEP0, "sweep 0"), (pc1, SWEEP1, "sweep 1")):
+            size = 5 if window is None else 20
+            ax.scatter(*points[:, :2].T, s=size, color=color, alpha=0.7, linewidths=0, label=name)
+        if flow:
+            draw_flow(ax, pc0, flow[0])
+    axes[0].legend(loc="lower left" if window is None else "lower right")
+    return figure
+
+
+def flow_colors(flow: torch.Tensor, most_m: float) -> np.ndarray:
+    """(N, 3) RGB of flow (N, 3): the hue is where it goes, seen from above; grey stands, full colour goes most_m."""
+    x, y = np.asarray(flow[:, 0]), np.asarray(flow[:, 1])
+    hue = np.arctan2(y, x) / (2 * np.pi) % 1
+    strength = np.clip(np.hypot(x, y) / most_m, 0, 1)[:, None]
+    return strength * hsv_to_rgb(np.stack([hue, np.ones_like(hue), np.full_like(hue, 0.9)], 1)) + (1 - strength) * 0.75
+
+
+def flow_colors_figure(
+    points: torch.Tensor, flows: dict[str, torch.Tensor], most_m: float = 1.0, half_m: float = 25.6
+) -> Figure:
+    """points (N, 3), a panel for each named flow (N, 3), with the colour wheel as legend."""
+    columns = 2 if len(flows) == 4 else min(3, len(flows))
+    figure, axes = from_above(list(flows), columns=columns, half_m=half_m, panel_in=4.5)
+    for ax, flow in zip(axes, flows.values(), strict=True):
+        order = flow.norm(dim=1).argsort()  # what moves on top
+        color = flow_colors(flow[order], most_m)
+        ax.scatter(*points[order, :2].T, s=7.0, color=color, linewidths=0, rasterized=True)
+    x, y = np.meshgrid(np.linspace(-1, 1, 101), np.linspace(-1, 1, 101))
+    disc = torch.from_numpy(np.stack([x, y, 0 * x], axis=2).reshape(-1, 3) * most_m)
+    picture = np.concatenate([flow_colors(disc, most_m), np.hypot(x, y).reshape(-1, 1) <= 1], axis=1)
+    wheel = axes[0].inset_axes([0.02, 0.02, 0.2, 0.2])
+    wheel.imshow(picture.reshape(101, 101, 4), origin="lower")
+    wheel.set_axis_off()
+    axes[0].annotate(f"rim: {most_m:g} m\na sweep", (0.23, 0.03), xycoords="axes fraction", fontsize=8)
+    return figure
+
+
+def lines_figure(
+    lines: dict[str, tuple], xlabel: str, ylabel: str, marks: dict[str, float] | None = None, log_x: bool = False
+) -> Figure:
+    """Lines (x, y) by name, y from 0; marks: vertical lines by name, at x; log_x: the scale, ticks where points are."""
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    ax = figure.subplots()
+    for name, (x, y) in lines.items():
+        ax.plot(np.asarray(x), np.asarray(y), label=name, marker="o" if log_x else "")
+    for (name, x), style in zip((marks or {}).items(), ("--", ":", "-."), strict=False):
+        ax.axvline(x, color="0.4", linestyle=style, label=name)
+    ax.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, None))
+    if log_x:
+        ticks = sorted({x for xs, _ in lines.values() for x in xs})
+        ax.set_xscale("log")
+        ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        ax.minorticks_off()
+    ax.grid(alpha=0.3)
+    ax.legend()
+    return figure
+
+
+def histogram_figure(
+    values: dict[str, torch.Tensor],
+    xlabel: str,
+    limits: tuple,
+    marks: dict[str, float] | None = None,
+    log: bool = False,
+) -> Figure:
+    """Histograms of values (N,) by name, as counts, between the limits; marks: vertical lines by name; log: of y."""
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    ax = figure.subplots()
+    bins = np.linspace(*limits, 61)
+    for name, each in values.items():
+        ax.hist(np.clip(np.asarray(each), *limits), bins=bins, alpha=0.6, label=name)
+    for (name, x), style in zip((marks or {}).items(), ("--", ":", "-."), strict=False):
+        ax.axvline(x, color="black", linestyle=style, label=name)
+    ax.set(xlabel=f"{xlabel}; the outermost bars hold all beyond", ylabel="points", yscale="log" if log else "linear")
+    ax.grid(alpha=0.3)
+    ax.legend()
+    return figure
+
+
+def bars_figure(rows: dict[str, dict[str, float]], ylabel: str, xlabel: str = "") -> Figure:
+    """A group of bars for each column, a bar in it for each row: rows by name, of columns by name."""
+    figure = Figure(figsize=(8, 3.5), layout="constrained")
+    ax = figure.subplots()
+    columns, width = list(next(iter(rows.values()))), 0.8 / len(rows)
+    for i, (name, row) in enumerate(rows.items()):
+        place = np.arange(len(columns)) + (i - (len(rows) - 1) / 2) * width
+        bars = ax.bar(place, [row[column] for column in columns], width=0.92 * width, label=name)
+        ax.bar_label(bars, fmt=lambda value: f"{value:,.0f}" if value >= 100 else f"{value:.3f}", fontsize=7)
+    ax.set(xlabel=xlabel, ylabel=ylabel, xticks=range(len(columns)), xticklabels=columns)
+    ax.grid(axis="y", alpha=0.3)
+    ax.margins(y=0.25)
+    if len(rows) > 1:
+        ax.legend(ncols=len(rows), loc="upper center")
+    return figure
+
+
+def images_figure(images: dict[str, torch.Tensor], half_m: float, label: str) -> Figure:
+    """Maps (Y, X) of a grid that reaches half_m in x and y, a panel for each title, in one scale of colours."""
+    figure, axes = from_above(list(images), columns=min(3, len(images)), half_m=half_m, panel_in=4.0)
+    top = max(float(image.max()) for image in images.values())
+    for ax, image in zip(axes, images.values(), strict=True):
+        extent = (-half_m, half_m, -half_m, half_m)
+        drawn = ax.imshow(image, origin="lower", extent=extent, cmap="viridis", vmin=0, vmax=top)
+    figure.colorbar(drawn, ax=axes, label=label, shrink=0.8)
+    return figure
+
+
+def pillars_figure(points: torch.Tensor, centers: torch.Tensor, cell_m: float, x_m: tuple, y_m: tuple) -> Figure:
+    """The pillars' grid over points (N, 3) of a few metres, and each point tied to its pillar's centre (N, 3)."""
+    figure = Figure(figsize=(7, 7), layout="constrained")
+    ax = figure.subplots()
+    for point, center in zip(points, centers, strict=True):
+        ax.plot(*np.stack([point[:2], center[:2]], axis=1), color="0.5", linewidth=0.8)
+    ax.scatter(*points[:, :2].T, s=18, color=SWEEP0, zorder=2, label="point")
+    ax.scatter(*centers[:, :2].T, s=18, color="black", marker="+", zorder=3, label="centre of its pillar")
+    ax.set(xlim=x_m, ylim=y_m, aspect="equal", xlabel="x, forward (m)", ylabel="y, left (m)")
+    for axis, (low, high) in ((ax.xaxis, x_m), (ax.yaxis, y_m)):
+        axis.set_ticks(np.arange(math.ceil(low / cell_m), high / cell_m) * cell_m, minor=True)
+    ax.grid(which="minor", alpha=0.6)
     ax.legend()
     return figure
