@@ -213,7 +213,9 @@ def scaling_law_figure(points: dict[str, dict[int, list[float]]], teacher: float
 # --- To explain with -------------------------------------------------------------------------------------------------
 
 
-def values_figure(points: torch.Tensor, values: torch.Tensor, label: str, limits: tuple, half_m: float = 25.6) -> Figure:
+def values_figure(
+    points: torch.Tensor, values: torch.Tensor, label: str, limits: tuple, half_m: float = 25.6
+) -> Figure:
     """points (N, 3) from above, coloured by values (N,) between the limits; label: what they are, with the unit."""
     figure, axes = from_above([f"{len(points):,} points"], columns=1, half_m=half_m, panel_in=6.0)
     dots = draw_values(axes[0], points, values, limits, size=6.0)

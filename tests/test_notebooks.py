@@ -1,4 +1,4 @@
-"""The notebooks as they are committed: each a whole, fresh run that says nothing on stderr. pytest --nbval runs them."""
+"""The committed notebooks: each is a whole, fresh run that says nothing on stderr. `pytest --nbval` runs them."""
 
 import json
 import re
