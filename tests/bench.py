@@ -1,7 +1,7 @@
 """Speed, and the teacher's error: python tests/bench.py NAME ...
 
 Names: street, data, labels, metrics, teacher, student, train, which is all without a name; student_xl, departures and
-published, which take longer.
+published, which take longer; gpu.
 Machines are shared and noisy: believe the ratios, and run it twice.
 """
 
@@ -236,8 +236,6 @@ def student(folder: str, name: str = "normal", repeats: int = 5) -> None:
                 f"  {form:13} {times[form]:7.3f} s, {published:4.2f} x as published, {plain:4.2f} x plain; "
                 f"error median {error.median():.1e}, maximum {error.max():.1e} m; peak {peak:.2f} GB"
             )
-    if torch.cuda.is_available():
-        on_a_gpu(model, pc0, pc1)
     if name == "normal":
         training_step(pc0, pc1)
         front_end(model, pc0)
@@ -405,21 +403,78 @@ def published_seconds(pc0: torch.Tensor, pc1: torch.Tensor) -> float:
     return 346 * (times[2] - times[1]) / 6
 
 
-def on_a_gpu(model: fastflow3d.FastFlow3D, pc0: torch.Tensor, pc1: torch.Tensor) -> None:
-    """Milliseconds a pair on a GPU, by batch, until the flow is there."""
-    pc0, pc1 = pc0.cuda(), pc1.cuda()
-    fast = copy.deepcopy(model).cuda().prepare_inference(torch.bfloat16)
-    for batch in (1, 8):
+def gpu(folder: str) -> None:
+    """On a GPU and ten streets at full density: the students, their training, and the teachers. About 3 minutes."""
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    pairs = ten_streets(folder)
+    clouds = [
+        [points[is_input] for points, is_input in zip((pair.pc0, pair.pc1), zeroflow.input_masks(pair), strict=True)]
+        for pair in pairs
+    ]
+    pc0s, pc1s = ([points.cuda() for points in each] for each in zip(*clouds, strict=True))
+    for name in ("normal", "xl"):
+        students_on_a_gpu(name, pc0s, pc1s)
+    training_on_a_gpu(folder, pairs)
+    teachers_on_a_gpu(pairs, pc0s, pc1s)
 
-        def run(batch: int = batch) -> None:
-            fast([pc0] * batch, [pc1] * batch)
-            torch.cuda.synchronize()
 
-        each = seconds(run, 20) / batch
-        peak = torch.cuda.max_memory_allocated() / 1e9
-        print(
-            f"  GPU, fast bfloat16, batch {batch}: {1e3 * each:.2f} ms a pair, {1 / each:.0f} a second, {peak:.2f} GB"
-        )
+def students_on_a_gpu(name: str, pc0s: list[torch.Tensor], pc1s: list[torch.Tensor]) -> None:
+    model = seeded_model(fastflow3d.MODELS[name], pc0s[0].cpu(), pc1s[0].cpu()).cuda()
+    (right,), _ = in_form(model, "plain")(pc0s[:1], pc1s[:1])
+    for form in FORMS[1:]:
+        torch.cuda.reset_peak_memory_stats()
+        run = in_form(model, form)
+        error = (run(pc0s[:1], pc1s[:1])[0][0] - right).norm(dim=1)
+        print(f"student {name}, {form:13}: error median {error.median():.1e}, maximum {error.max():.1e} m", end="")
+        for batch in (1, 8):
+            each = seconds(lambda run=run, batch=batch: done(run(pc0s[:batch], pc1s[:batch])), 20) / batch
+            print(f"; {batch} at once {1e3 * each:.2f} ms a pair", end="")
+        print(f"; peak {torch.cuda.max_memory_allocated() / 1e9:.2f} GB")
+
+
+def done(result):  # noqa: ANN001, ANN201
+    """The result, once the GPU has it."""
+    torch.cuda.synchronize()
+    return result
+
+
+def training_on_a_gpu(folder: str, pairs: data.Argoverse2Pairs) -> None:
+    """Pairs a second of the published batch: samples in memory, and from disk by 8 workers."""
+    samples = train.Samples([train.LabelledPairs(pairs, None)])
+    kept = [samples[i % len(samples)] for i in range(160)]
+    from_disk = torch.utils.data.Subset(samples, [i % len(samples) for i in range(640)])
+    for name, what, workers in (("in memory", kept, 0), ("from disk", from_disk, 8)):
+        for dtype in train.DTYPES:
+            torch.cuda.reset_peak_memory_stats()
+            run = Path(folder) / f"{name} {dtype}"
+            settings = train.TrainSettings(steps=8, dtype=dtype, device="cuda", workers=workers)
+            train.train(what, settings, run)
+            rate = statistics.median(line["pairs_per_s"] for line in train.read_log(run)[2:])
+            peak = torch.cuda.max_memory_allocated() / 1e9
+            print(
+                f"training normal, {dtype}, 64 pairs in micro-batches of 16, {name}: {rate:.0f} pairs/s, {peak:.1f} GB"
+            )
+
+
+def teachers_on_a_gpu(pairs: data.Argoverse2Pairs, pc0s: list[torch.Tensor], pc1s: list[torch.Tensor]) -> None:
+    times = []
+    for count in (2, 4, 24):  # the first only warms up
+        settings = dataclasses.replace(nsfp.TEACHERS["published"], iterations=count)
+        start = time.perf_counter()
+        done(nsfp.estimate_flow(pc0s[0], pc1s[0], settings))
+        times.append(time.perf_counter() - start)
+    print(f"published, 346 iterations: {346 * (times[2] - times[1]) / 20:.1f} s a pair of {len(pc0s[0])} points")
+    for count in (1, 10):
+        start = time.perf_counter()
+        fitted = done(nsfp._fit(pc0s[:count], pc1s[:count], nsfp.TEACHERS["fast"]))
+        fit = time.perf_counter() - start
+        for pc0, flows, pc1 in zip(pc0s, fitted, pc1s, strict=False):
+            nsfp.refine_flow(pc0, flows, pc1, nsfp.TEACHERS["fast"])
+        refined = time.perf_counter() - start
+        print(f"fast, {count} at once: {refined / count:.2f} s a pair, {fit / count:.2f} of them the fit")
+    rows = {"no motion": zeroflow.evaluate(pairs, zeroflow.timed(zeroflow.no_motion))}
+    rows["fast"] = zeroflow.evaluate(pairs, zeroflow.from_teacher(nsfp.TEACHERS["fast"], "cuda"))
+    print(zeroflow.table(rows))
 
 
 if __name__ == "__main__":
@@ -434,5 +489,5 @@ if __name__ == "__main__":
     }
     for name in sys.argv[1:] or benches:
         with tempfile.TemporaryDirectory() as folder:
-            longer = {"departures": departures, "published": published, "student_xl": student_xl}
+            longer = {"departures": departures, "published": published, "student_xl": student_xl, "gpu": gpu}
             (benches | longer)[name](folder)
