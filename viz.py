@@ -6,6 +6,7 @@ Sweep 0 is blue, sweep 1 orange, ground grey. Flow arrows are at true scale.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -19,6 +20,8 @@ import metrics
 from data import DYNAMIC_THRESHOLD_M, SweepPair
 
 SWEEP0, SWEEP1, GROUND = "tab:blue", "tab:orange", "0.8"
+# Of methods by name, wherever they are compared; others take matplotlib's in turn.
+METHODS = {"no motion": "0.6", "teacher": "tab:purple", "fast": "tab:purple", "student": "tab:green"}
 
 
 def from_above(
@@ -94,7 +97,7 @@ def error_map_figure(
     draw_flow(axes[0], points, pair.flow[is_input])
     order = error.argsort()  # large errors on top
     dots = draw_values(axes[1], points[order], error[order], (0, MOST_ERROR_M))
-    figure.colorbar(dots, ax=axes, label="m", extend="max", shrink=0.8)
+    figure.colorbar(dots, ax=axes, label="end-point error (m)", extend="max", shrink=0.8)
     figure.suptitle(title)
     return figure
 
@@ -107,16 +110,17 @@ def error_by_speed_figure(rows: dict[str, dict[str, float]]) -> Figure:
     labels = list(metrics.CLASSES)
     for ax, (name, numbers) in zip(axes, rows.items(), strict=True):
         for i, (speed, text) in enumerate(speeds.items()):
-            heights = [numbers[f"grid_epe_{label}_{speed}"] for label in labels]
-            ax.bar(np.arange(len(labels)) + 0.27 * (i - 1), heights, width=0.25, label=text)
+            heights = np.array([numbers[f"grid_epe_{label}_{speed}"] for label in labels])  # NaN of no points
+            place = np.arange(len(labels)) + 0.27 * (i - 1)
+            ax.bar(place, heights, width=0.25, label=text)
+            none = place[np.isnan(heights)]
+            ax.plot(none, 0 * none, "x", color="0.6", label="no points" if i == len(speeds) - 1 else None)
         ax.set(
             title=name, ylabel="EPE (m)", xticks=range(len(labels)), xticklabels=[x.replace("_", " ") for x in labels]
         )
         ax.set_xlim(-0.5, len(labels) - 0.5)
         ax.grid(axis="y", alpha=0.3)
-        for i, label in enumerate(labels):
-            if not sum(numbers[f"grid_points_{label}_{speed}"] for speed in speeds):
-                ax.annotate("no points", (i, 0), ha="center", va="bottom", color="0.4")
+    axes[0].set_ylim(bottom=-0.04 * axes[0].get_ylim()[1])  # room for the crosses
     axes[0].legend(title="true speed")
     return figure
 
@@ -150,13 +154,13 @@ def error_against_time_figure(rows: dict[str, dict[str, float]]) -> Figure:
     for name, numbers in rows.items():
         seconds, error = numbers["seconds_per_pair"], numbers["paper_three_way"]
         if math.isnan(seconds):
-            ax.axhline(error, linestyle="--", label=f"{name} (time unknown)")
+            ax.axhline(error, color=METHODS.get(name), linestyle="--", label=f"{name} (time unknown)")
         else:
-            ax.plot(seconds, error, marker="*", markersize=14, linestyle="", label=name)
+            ax.plot(seconds, error, color=METHODS.get(name), marker="*", markersize=14, linestyle="", label=name)
     ax.margins(x=0.2, y=0.1)
     ax.set_yticks([0.05, 0.1, 0.2], ["0.05", "0.1", "0.2"])
     ax.tick_params(axis="y", which="minor", labelleft=False)
-    ax.set_title("grey: the paper's, Argoverse 2's validation split on its GPU; in colour: measured here")
+    ax.set_title("grey: the paper's, on its data and GPU; in colour: measured here")
     ax.grid(alpha=0.3, which="both")
     ax.legend()
     return figure
@@ -172,18 +176,21 @@ def learning_curve_figure(lines: list[dict]) -> Figure:
     figure = Figure(figsize=(12 if scores else 7, 4), layout="constrained")
     axes = figure.subplots(1, 2 if scores else 1, squeeze=False)[0]
     x, loss = [line["step"] for line in steps], np.array([line["loss"] for line in steps])
-    window = max(1, len(loss) // 50)
+    window = max(1, len(loss) // 16)
     axes[0].plot(x, loss, color=SWEEP0, alpha=0.25, linewidth=0.8, label="a step")
     smooth = np.convolve(loss, np.ones(window) / window, mode="valid")
     axes[0].plot(x[window - 1 :], smooth, color=SWEEP0, label=f"mean of {window}")
-    axes[0].set(title="distillation loss", xlabel="step", ylabel="m", ylim=(0, None))
+    unweighted = [line["step"] for line in steps if line["weight"] == "none"]
+    if 0 < len(unweighted) < len(steps):
+        axes[0].axvline(unweighted[0], color="0.4", linestyle=":", label="unweighted from here on")
+    axes[0].set(title="distillation loss", xlabel="step", ylabel="loss (m)", ylim=(0, None))
     axes[0].legend()
     if scores:
         x = [line["step"] for line in scores]
         axes[1].plot(x, [line["paper_three_way"] for line in scores], marker="o", label="paper three-way (m)")
         bucketed = [line["bucketed_dynamic_mean"] for line in scores]
         axes[1].plot(x, bucketed, marker="s", label="bucketed, dynamic (1: no motion)")
-        axes[1].set(title="validation", xlabel="step", ylim=(0, None))
+        axes[1].set(title="validation", xlabel="step", ylabel="error", ylim=(0, None))
         axes[1].legend()
     for ax in axes:
         ax.grid(alpha=0.3)
@@ -261,7 +268,7 @@ def flow_colors_figure(
     wheel = axes[0].inset_axes([0.02, 0.02, 0.2, 0.2])
     wheel.imshow(picture.reshape(101, 101, 4), origin="lower")
     wheel.set_axis_off()
-    axes[0].annotate(f"rim: {most_m:g} m\na sweep", (0.23, 0.03), xycoords="axes fraction", fontsize=8)
+    axes[0].annotate(f"red: ahead\nrim: {most_m:g} m a sweep", (0.23, 0.03), xycoords="axes fraction", fontsize=8)
     return figure
 
 
@@ -269,10 +276,10 @@ def lines_figure(
     lines: dict[str, tuple], xlabel: str, ylabel: str, marks: dict[str, float] | None = None, log_x: bool = False
 ) -> Figure:
     """Lines (x, y) by name, y from 0; marks: vertical lines by name, at x; log_x: the scale, ticks where points are."""
-    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
     ax = figure.subplots()
-    for name, (x, y) in lines.items():
-        ax.plot(np.asarray(x), np.asarray(y), label=name, marker="o" if log_x else "")
+    for (name, (x, y)), style in zip(lines.items(), itertools.cycle(("-", "--", "-.", ":"))):  # some lie on others
+        ax.plot(np.asarray(x), np.asarray(y), linestyle=style, label=name, marker="o" if log_x else "")
     for (name, x), style in zip((marks or {}).items(), ("--", ":", "-."), strict=False):
         ax.axvline(x, color="0.4", linestyle=style, label=name)
     ax.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, None))
@@ -282,7 +289,7 @@ def lines_figure(
         ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         ax.minorticks_off()
     ax.grid(alpha=0.3)
-    ax.legend()
+    figure.legend(loc="outside right upper")
     return figure
 
 
@@ -314,7 +321,8 @@ def bars_figure(rows: dict[str, dict[str, float]], ylabel: str, xlabel: str = ""
     columns, width = list(next(iter(rows.values()))), 0.8 / len(rows)
     for i, (name, row) in enumerate(rows.items()):
         place = np.arange(len(columns)) + (i - (len(rows) - 1) / 2) * width
-        bars = ax.bar(place, [row[column] for column in columns], width=0.92 * width, label=name)
+        heights = [row[column] for column in columns]
+        bars = ax.bar(place, heights, width=0.92 * width, color=METHODS.get(name), label=name)
         ax.bar_label(bars, fmt=lambda value: f"{value:,.0f}" if value >= 100 else f"{value:.3f}", fontsize=7)
     ax.set(xlabel=xlabel, ylabel=ylabel, xticks=range(len(columns)), xticklabels=columns)
     ax.grid(axis="y", alpha=0.3)
@@ -324,20 +332,24 @@ def bars_figure(rows: dict[str, dict[str, float]], ylabel: str, xlabel: str = ""
     return figure
 
 
-def images_figure(images: dict[str, torch.Tensor], half_m: float, label: str) -> Figure:
-    """Maps (Y, X) of a grid that reaches half_m in x and y, a panel for each title, in one scale of colours."""
+def images_figure(images: dict[str, torch.Tensor], half_m: float, label: str, lowest: float = 0.0) -> Figure:
+    """Maps (Y, X) of a grid that reaches half_m in x and y, a panel for each title, in one scale of colours.
+
+    It begins at `lowest`. What is that or less stays white.
+    """
     figure, axes = from_above(list(images), columns=min(3, len(images)), half_m=half_m, panel_in=4.0)
     top = max(float(image.max()) for image in images.values())
     for ax, image in zip(axes, images.values(), strict=True):
         extent = (-half_m, half_m, -half_m, half_m)
-        drawn = ax.imshow(image, origin="lower", extent=extent, cmap="viridis", vmin=0, vmax=top)
+        shown = np.ma.masked_less_equal(np.asarray(image), lowest)
+        drawn = ax.imshow(shown, origin="lower", extent=extent, cmap="viridis_r", vmin=lowest, vmax=top)
     figure.colorbar(drawn, ax=axes, label=label, shrink=0.8)
     return figure
 
 
 def pillars_figure(points: torch.Tensor, centers: torch.Tensor, cell_m: float, x_m: tuple, y_m: tuple) -> Figure:
     """The pillars' grid over points (N, 3) of a few metres, and each point tied to its pillar's centre (N, 3)."""
-    figure = Figure(figsize=(7, 7), layout="constrained")
+    figure = Figure(figsize=(8, 8 * (y_m[1] - y_m[0]) / (x_m[1] - x_m[0])), layout="constrained")
     ax = figure.subplots()
     for point, center in zip(points, centers, strict=True):
         ax.plot(*np.stack([point[:2], center[:2]], axis=1), color="0.5", linewidth=0.8)
@@ -345,7 +357,9 @@ def pillars_figure(points: torch.Tensor, centers: torch.Tensor, cell_m: float, x
     ax.scatter(*centers[:, :2].T, s=18, color="black", marker="+", zorder=3, label="centre of its pillar")
     ax.set(xlim=x_m, ylim=y_m, aspect="equal", xlabel="x, forward (m)", ylabel="y, left (m)")
     for axis, (low, high) in ((ax.xaxis, x_m), (ax.yaxis, y_m)):
-        axis.set_ticks(np.arange(math.ceil(low / cell_m), high / cell_m) * cell_m, minor=True)
-    ax.grid(which="minor", alpha=0.6)
+        borders = np.arange(round(low / cell_m), round(high / cell_m) + 1) * cell_m
+        axis.set_ticks(borders, minor=True)
+        axis.set_ticks(borders[::2])
+    ax.grid(which="both", alpha=0.6)
     ax.legend()
     return figure

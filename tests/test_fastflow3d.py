@@ -153,7 +153,7 @@ def test_at_full_size_too():
 
 @pytest.fixture
 def four_threads():
-    """torch's batch norm adds up a channels_last map in one float32 sum a thread: of one thread it errs by 1e-3 (XL)."""
+    """torch's batch norm adds up a channels_last map in one float32 sum a thread: with one thread it errs by 1e-3."""
     before = torch.get_num_threads()
     torch.set_num_threads(4)
     yield
