@@ -59,6 +59,13 @@ def test_tree_and_brute_force_find_the_same_neighbours():
         assert torch.equal(nsfp.nearest_by_brute_force(queries, points, chunk=chunk), expected)
 
 
+def test_brute_force_tells_millimetres_apart_50_m_from_the_origin():
+    points = 50 + torch.rand(200, 3, generator=torch.Generator().manual_seed(0)) * 0.02
+    queries = points[torch.randperm(200, generator=torch.Generator().manual_seed(1))]
+    found = nsfp.nearest_by_brute_force(queries, points, max_distance=1e-4)
+    assert torch.equal(points[found], queries)
+
+
 def test_a_query_with_no_neighbour_in_reach_gets_the_row_after_the_last():
     points, queries = torch.tensor([[0.0, 0, 0], [5, 0, 0]]), torch.tensor([[4.0, 0, 0], [2.4, 0, 0]])
     assert nsfp.Neighbours(points).nearest(queries, max_distance=1.41).tolist() == [1, 2]
