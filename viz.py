@@ -109,12 +109,14 @@ def error_by_speed_figure(rows: dict[str, dict[str, float]]) -> Figure:
     axes = figure.subplots(len(rows), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     labels = list(metrics.CLASSES)
     for ax, (name, numbers) in zip(axes, rows.items(), strict=True):
+        empty = []
         for i, (speed, text) in enumerate(speeds.items()):
             heights = np.array([numbers[f"grid_epe_{label}_{speed}"] for label in labels])  # NaN of no points
             place = np.arange(len(labels)) + 0.27 * (i - 1)
             ax.bar(place, heights, width=0.25, label=text)
-            none = place[np.isnan(heights)]
-            ax.plot(none, 0 * none, "x", color="0.6", label="no points" if i == len(speeds) - 1 else None)
+            empty += [*place[np.isnan(heights)]]
+        if empty:
+            ax.plot(empty, [0] * len(empty), "x", color="0.6", label="no points")
         ax.set(
             title=name, ylabel="EPE (m)", xticks=range(len(labels)), xticklabels=[x.replace("_", " ") for x in labels]
         )

@@ -25,6 +25,7 @@ def test_there_are_seven_notebooks_and_their_solutions_and_the_readme_links_them
 def test_a_committed_notebook_is_a_fresh_run_without_errors_or_warnings(notebook):
     content = json.loads(notebook.read_text())
     assert content["metadata"]["kernelspec"]["name"] == "python3"
+    assert all("".join(cell["source"]).strip() for cell in content["cells"]), "an empty cell"
     cells = code_cells(notebook)
     assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1)), "not run once, in order"
     outputs = [output for cell in cells for output in cell["outputs"]]
