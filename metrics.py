@@ -1,25 +1,32 @@
-"""The metrics: every number that papers on Argoverse 2 scene flow print, by a name that says how it is defined.
+"""The metrics: every number that papers on Argoverse 2 scene flow report, by definition.
 
-Errors are of flow estimated for the points of sweep 0, in metres; row i of everything is point i, in the ego frame of
-sweep 0. "Three-way EPE" is always the mean of three groups' mean end-point errors, so that the many points that stand
-still do not drown the few that move. But the field has three of it, over different points and groups:
+An error belongs to the flow estimated for one point of sweep 0, in meters. Row i of every tensor is
+point i, in the ego frame of sweep 0. "Three-way EPE" is always the mean of three groups' mean
+end-point errors (foreground dynamic, foreground static, background static), so that the many static
+points do not drown the few moving ones. The field has three definitions of it, over different
+points and groups. This project adds a fourth, to compare a student with its teacher:
 
-  name            points                                        foreground            what moves
-  paper           not ground, in the grid, |x|, |y| <= 35 m     pedestrians, vehicles 0.5 m/s or more
-  av2             of the 2023 challenge's mask, flow valid      every label           av2's label: 5 cm or more
-  three_way_2024  |x|, |y| < 35 m, |z| < 2.5 m, not ground,     pedestrians, wheeled, 5 cm or more
-                  flow valid                                    cars, other vehicles
-  grid            not ground, in the student's grid             every label           av2's label
+  name            points                               foreground             dynamic
+  paper           not ground, in the grid,             pedestrians, wheeled,  0.5 m/s or more
+                  |x|, |y| <= 35 m                     vehicles
+  av2             in the 2023 challenge's mask,        every labeled          av2's label: 5 cm
+                  true flow valid                      category               per sweep or more
+  three_way_2024  |x|, |y| < 35 m, |z| < 2.5 m,        pedestrians, wheeled,  5 cm per sweep or more
+                  not ground, true flow valid          cars, other vehicles
+  grid            not ground, in the student's grid    every labeled          av2's label
+                                                       category
 
-`paper` is what ZeroFlow's published code computes (its background includes signs and cones, and it keeps points whose
-object is gone in sweep 1); `av2` is `av2.evaluation.scene_flow.eval` of the av2 package, on raw flow; `three_way_2024`
-and `bucketed` are those of the 2024 challenge, Khatri et al., "I Can't Believe It's Not Scene Flow!" (ECCV 2024);
-`grid` is this project's own yardstick. All but av2's are of residual flow, for which only its relative accuracy and
-angle differ: a rigid motion changes no distance.
+`paper` is what ZeroFlow's published code computes: signs and cones count as background, and points
+whose object is gone in sweep 1 are kept. `av2` is `av2.evaluation.scene_flow.eval` of the av2
+package, on raw flow. `three_way_2024` and `bucketed` are the metrics of the 2024 challenge: Khatri
+et al., "I Can't Believe It's Not Scene Flow!" (ECCV 2024). Everything except `av2` is computed on
+residual flow. A rigid motion changes no distance, so the end-point errors would be the same on raw
+flow; only the relative accuracy and the angle differ.
 
-Use `Scores`: `add` one sweep after the other, then `numbers`. Sums are float64, so means pool all points exactly,
-however many sweeps. A group without points is NaN, never 0, and stays out of means.
-This file needs torch, and none of its siblings.
+Use `Scores`: call `add` for one sweep after the other, then `numbers`. Sums are kept in float64, so
+a mean pools all points exactly, however many sweeps there are. A group without points is NaN, never
+0, and stays out of means. All tensors are on the CPU. This file needs torch, and no other file of
+the project.
 """
 
 from __future__ import annotations
@@ -28,154 +35,246 @@ from collections.abc import Sequence
 
 import torch
 
-FD, FS, BS, NOT_COUNTED = 0, 1, 2, -1  # foreground dynamic, foreground static, background static
+FD, FS, BS = 0, 1, 2  # foreground dynamic, foreground static, background static
 GROUPS = ("fd", "fs", "bs")
-SWEEPS_PER_S = 10.0  # the nominal rate: speeds are 10 · displacement, whatever the pair's own time difference
-DYNAMIC_M = 0.05  # an estimate that moves farther says "dynamic"
-NEAR_M = 35.0  # everywhere in the field: |x| and |y|
+# The nominal rate: a speed is 10 * displacement, whatever the pair's own time difference.
+SWEEPS_PER_S = 10.0
+DYNAMIC_M = 0.05  # per sweep: a longer estimated flow counts as "dynamic"
+NEAR_M = 35.0  # of |x| and |y|; all definitions agree on it, but not on the border itself
 
-# The classes of the 2024 challenge, whose names they are; the rest (signs, animals) is in none of them.
+# The five meta classes of the 2024 challenge, under its names. Signs and animals have no class.
 CLASSES = {
     "background": "NONE",
     "car": "REGULAR_VEHICLE",
     "pedestrian": "PEDESTRIAN STROLLER WHEELCHAIR OFFICIAL_SIGNALER",
     "wheeled_vru": "BICYCLE BICYCLIST MOTORCYCLE MOTORCYCLIST WHEELED_DEVICE WHEELED_RIDER",
     "other_vehicles": (
-        "ARTICULATED_BUS BOX_TRUCK BUS LARGE_VEHICLE RAILED_VEHICLE SCHOOL_BUS TRUCK TRUCK_CAB VEHICULAR_TRAILER"
+        "ARTICULATED_BUS BOX_TRUCK BUS LARGE_VEHICLE RAILED_VEHICLE SCHOOL_BUS "
+        "TRUCK TRUCK_CAB VEHICULAR_TRAILER"
     ),
 }
-UNCLASSED = len(CLASSES)
-# The paper's movers are the same but for two trailers, its background is what does not move by itself.
-_PAPER_MOVERS = {"TRAFFIC_LIGHT_TRAILER", "MESSAGE_BOARD_TRAILER"}.union(
-    *(names.split() for label, names in CLASSES.items() if label != "background")
-)
+UNCLASSED = len(CLASSES)  # the class number of every other category
 
-PAPER_SPEEDS = {"below_0.5_mps": 0.0, "0.5_to_2_mps": 0.5, "above_2_mps": 2.0}  # name: lowest, of residual flow
-RINGS_M = (0, 10, 20, 30, 40)  # of max(|x|, |y|), each up to the next, the last up to the grid's border
-BUCKET_M = 0.04  # the 2024 challenge's buckets of motion a sweep: fifty of this width, and one for 2 m or more
+# The paper's movers are the same categories, and two more trailers.
+_MOVING_CLASSES = [names for label, names in CLASSES.items() if label != "background"]
+_PAPER_MOVERS = set(" ".join(_MOVING_CLASSES).split())
+_PAPER_MOVERS |= {"TRAFFIC_LIGHT_TRAILER", "MESSAGE_BOARD_TRAILER"}
+
+# The paper's speed ranges: name -> lowest speed (m/s) of the residual flow.
+PAPER_SPEEDS = {"below_0.5_mps": 0.0, "0.5_to_2_mps": 0.5, "above_2_mps": 2.0}
+PAPER_DYNAMIC_MPS = 0.5
+
+# Rings around the ego, by max(|x|, |y|). The last one ends at the border of the grid.
+RINGS_M = (0, 10, 20, 30, 40)
+
+# The 2024 challenge's buckets of speed: fifty from 0 to 2 m per sweep, and one for all above.
+BUCKET_M = 0.04
 BUCKETS = 51
 
 
-# --- Points ----------------------------------------------------------------------------------------------------------
+# --- Points ---------------------------------------------------------------------------------------
 
 
 def point_scores(estimate: torch.Tensor, flow: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What is averaged, for each point of estimated and true flow (N, 3), as av2 defines it: name -> (N,).
+    """Return what is averaged, as av2 defines it: name -> (N,).
 
-    epe: the end-point error in metres. acc_strict, acc_relaxed: is it below 5 (10) cm, or below 5 (10) % of the flow?
-    angle_error_rad: between the space-time vectors (flow, 0.1 s), which have an angle where nothing moves, too.
+    estimate, flow: estimated and true flow (N, 3), in meters per sweep.
+
+    epe: the end-point error in meters.
+    acc_strict: whether the error is below 5 cm, or below 5 % of the true flow's length.
+    acc_relaxed: the same with 10 cm and 10 %.
+    speed: the length of the true flow, in meters per sweep.
+    angle_error_rad: between the space-time vectors (flow, 0.1 s). They have an angle even where
+    nothing moves.
     """
     difference = estimate - flow
-    error, length, true_length = (x.norm(dim=1) for x in (difference, estimate, flow))
-    tolerance = true_length.clamp(min=1)  # a share counts only where it allows more than metres do
-    # For vectors (f, t), (g, t), |a| |b| sin is sqrt(|f x g|² + t² |f - g|²): exact for small angles, as acos is not.
+    error = difference.norm(dim=1)  # (N,)
+    length = estimate.norm(dim=1)
+    speed = flow.norm(dim=1)
+
+    # The relative tolerance is the larger one only where the true flow is longer than 1 m.
+    tolerance = speed.clamp(min=1)
+
+    # The angle comes from its sine and cosine, both multiplied by |a| |b|. For the space-time
+    # vectors a = (f, t) and b = (g, t) the sine is sqrt(|f x g|^2 + t^2 |f - g|^2), and f x g is (f
+    # - g) x g. This is exact for small angles, unlike av2's acos of a cosine near 1.
     time_s = 1 / SWEEPS_PER_S
-    sine = (torch.linalg.cross(difference, flow).norm(dim=1) ** 2 + (time_s * error) ** 2).sqrt()  # f x f is 0
-    cosine = (length**2 + true_length**2 - error**2) / 2 + time_s**2
+    cross = torch.linalg.cross(difference, flow).norm(dim=1)
+    sine = (cross**2 + (time_s * error) ** 2).sqrt()
+    cosine = (length**2 + speed**2 - error**2) / 2 + time_s**2
     return {
         "epe": error,
         "acc_strict": error < 0.05 * tolerance,
         "acc_relaxed": error < 0.1 * tolerance,
+        "speed": speed,
         "angle_error_rad": torch.atan2(sine, cosine),
     }
 
 
-# --- Groups ----------------------------------------------------------------------------------------------------------
+# --- Groups ---------------------------------------------------------------------------------------
 
 
-def grid_groups(category: torch.Tensor, is_dynamic: torch.Tensor, is_input: torch.Tensor) -> torch.Tensor:
-    """(N,) int64 of category (N,) uint8, is_dynamic (N,) and is_input (N,): not ground and in the student's grid.
+def grid_groups(category: torch.Tensor, is_dynamic: torch.Tensor) -> torch.Tensor:
+    """Return the group (N,) int64 of each point for `grid`: FD, FS or BS.
 
-    Foreground is every labelled category, dynamic is av2's label (the residual is 5 cm or more).
+    category (N,) uint8: every category but 0 is foreground. is_dynamic (N,) bool: av2's label, a
+    residual of 5 cm or more. Which points count is for the caller to choose; in `grid` the method's
+    input counts.
     """
-    groups = torch.where(category > 0, torch.where(is_dynamic, FD, FS), BS)
-    return torch.where(is_input, groups, NOT_COUNTED)
+    return torch.where(category > 0, torch.where(is_dynamic, FD, FS), BS)
 
 
 def paper_groups(
-    points: torch.Tensor, flow: torch.Tensor, category: torch.Tensor, is_input: torch.Tensor, names: Sequence[str]
-) -> torch.Tensor:
-    """(N,) int64, as ZeroFlow's published code: of the input, what has |x| and |y| at most 35 m.
+    points: torch.Tensor,
+    flow: torch.Tensor,
+    category: torch.Tensor,
+    is_input: torch.Tensor,
+    names: Sequence[str],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the groups of ZeroFlow's published code: (group (N,) int64, is_counted (N,) bool).
 
-    points (N, 3); flow (N, 3), the true one; category (N,) uint8, an index of `names`, Argoverse 2's. Movers are
-    pedestrians and vehicles, split at 0.5 m/s; signs, cones and bollards count as background; animals are in no group.
-    Points whose object is gone in sweep 1 (is_valid False) are *not* excluded.
+    points, flow (N, 3): positions and true residual flow, in meters. category (N,) uint8: an index
+    of `names`, Argoverse 2's categories. is_input (N,) bool: not ground and in the student's grid.
     """
-    is_mover, is_animal = (
-        torch.tensor([name in group for name in names])[category.long()] for group in (_PAPER_MOVERS, ("ANIMAL", "DOG"))
-    )
-    is_fast = SWEEPS_PER_S * flow.norm(dim=1) >= 0.5
-    groups = torch.where(is_mover, torch.where(is_fast, FD, FS), BS)
+    number = category.long()
+    is_mover = torch.tensor([name in _PAPER_MOVERS for name in names])[number]
+    is_animal = torch.tensor([name in ("ANIMAL", "DOG") for name in names])[number]
+
+    # Pedestrians and vehicles are split by speed. Everything else is background, also what is
+    # labeled: signs, cones, bollards.
+    is_fast = SWEEPS_PER_S * flow.norm(dim=1) >= PAPER_DYNAMIC_MPS
+    group = torch.where(is_mover, torch.where(is_fast, FD, FS), BS)
+
+    # Animals are in no group. A point at exactly 35 m is near. Points whose object is gone in sweep
+    # 1 (is_valid is False) do count.
     is_near = (points[:, :2].abs() <= NEAR_M).all(dim=1)
-    return torch.where(is_input & is_near & ~is_animal, groups, NOT_COUNTED)
+    return group, is_input & is_near & ~is_animal
 
 
-def is_scored_2024(points: torch.Tensor, is_ground: torch.Tensor, is_valid: torch.Tensor) -> torch.Tensor:
-    """(N,) bool: what the 2024 challenge looks at, near or far. points (N, 3); ground by ZeroFlow's rule (0.40 m)."""
-    return ~is_ground & is_valid & (points.abs() < points.new_tensor([48, 48, 2.5])).all(dim=1)
+def is_scored_2024(
+    points: torch.Tensor,
+    is_ground: torch.Tensor,
+    is_valid: torch.Tensor,
+) -> torch.Tensor:
+    """Return the mask (N,) bool of the points that the 2024 challenge scores, near or far.
+
+    points (N, 3) in meters; is_ground (N,) by ZeroFlow's rule (0.40 m); is_valid (N,): the true
+    flow is known.
+    """
+    limit_m = points.new_tensor([48, 48, 2.5])
+    is_inside = (points.abs() < limit_m).all(dim=1)
+    return ~is_ground & is_valid & is_inside
 
 
 class GroupMeans:
-    """Means of named values in groups, numbered along some axes, over any number of sweeps."""
+    """Means of named values by group, over any number of sweeps.
+
+    The groups form a table with one axis per criterion: shape (2, 3) could be near or far by FD,
+    FS, BS. Shape () is a single group.
+    """
 
     def __init__(self, shape: Sequence[int], values: Sequence[str] = ("epe",)):
-        self.counts = torch.zeros(*shape, dtype=torch.float64)
+        self.counts = torch.zeros(tuple(shape), dtype=torch.float64)
         self.sums = {name: torch.zeros_like(self.counts) for name in values}
 
-    def add(self, group: torch.Tensor, values: dict[str, torch.Tensor]) -> None:
-        """group (N,) int64, an index of the flattened groups or NOT_COUNTED; values (N,), of which ours are taken."""
-        bins, size = group + 1, self.counts.numel() + 1  # bin 0 takes what does not count
-        self.counts += torch.bincount(bins, minlength=size)[1:].view_as(self.counts)
+    def add(
+        self,
+        mask: torch.Tensor,
+        indices: tuple[torch.Tensor, ...],
+        values: dict[str, torch.Tensor],
+    ) -> None:
+        """Add N points, of which those in `mask` (N,) bool count.
+
+        indices: for each axis of the table, where each point belongs, (N,) int64. Outside the mask
+        they may be anything. values: name -> (N,); only the names that this table was made for are
+        read.
+        """
+        # Number the table's cells row by row: cell (1, 2) of shape (2, 3) is number 5.
+        cell = 0  # with the first axis it becomes (N,)
+        for index, size in zip(indices, self.counts.shape, strict=True):
+            cell = cell * size + index
+
+        # bincount then sums by cell. Points that do not count go to a spare cell behind the last
+        # one: their index or error may be meaningless, and even a NaN does no harm there.
+        # (Selecting the points that count takes longer.)
+        num_cells = self.counts.numel()
+        cell = torch.where(mask, cell, num_cells)
+        counts = torch.bincount(cell, minlength=num_cells + 1)
+        self.counts += counts[:num_cells].view_as(self.counts)
         for name, total in self.sums.items():
-            total += torch.bincount(bins, values[name].double(), minlength=size)[1:].view_as(total)
+            sums = torch.bincount(cell, values[name].double(), minlength=num_cells + 1)
+            total += sums[:num_cells].view_as(total)
 
     def mean(self, name: str = "epe", over: Sequence[int] = ()) -> torch.Tensor:
-        """The means, with the groups along the axes `over` pooled; NaN for a group without points."""
-        if not over:
+        """Return the means, with the groups along the axes `over` pooled.
+
+        A group without points is NaN.
+        """
+        if not over:  # torch's sum over no axes would be the sum over all of them
             return self.sums[name] / self.counts
         return self.sums[name].sum(dim=over) / self.counts.sum(dim=over)
 
 
 def mean_of_filled(means: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """Along the last axis, the mean of the means of those groups that have points; NaN if none has.
+    """Return the mean, along the last axis, over the groups that have points; NaN if none has.
 
-    Not nanmean: the mean of a group in which an error is NaN is NaN, too, and that must not make a method better.
+    means, counts (..., groups): of each group, its mean and its number of points.
+
+    This is not nanmean. If one error in a group is NaN, the group's mean is NaN, and leaving it out
+    would make a broken method look better.
     """
     is_filled = counts > 0
     return torch.where(is_filled, means, 0.0).sum(dim=-1) / is_filled.sum(dim=-1)
 
 
 def three_way(means: torch.Tensor, counts: torch.Tensor) -> dict[str, float]:
-    """Of the means (3,) of FD, FS, BS: their mean over the groups that have points, and each; keys to be prefixed."""
-    parts = {f"_{name}": mean.item() for name, mean in zip(GROUPS, means, strict=True)}
-    return {"": mean_of_filled(means, counts).item(), **parts}
+    """Return the three-way EPE of the means and counts (3,) of FD, FS, BS, and its parts.
+
+    The keys are suffixes: "" is the mean over the groups that have points; then "_fd", "_fs",
+    "_bs".
+    """
+    result = {"": mean_of_filled(means, counts).item()}
+    for name, mean in zip(GROUPS, means, strict=True):
+        result[f"_{name}"] = mean.item()
+    return result
 
 
-# --- Sweeps ----------------------------------------------------------------------------------------------------------
+# --- Sweeps ---------------------------------------------------------------------------------------
 
 
 class Scores:
     """All metrics of one method, over any number of sweeps."""
 
     def __init__(self, names: Sequence[str]):
-        """names: Argoverse 2's categories, in the order of their numbers, the background first."""
+        """Start without sweeps.
+
+        names: Argoverse 2's categories in the order of their numbers, background first.
+        """
         self.names = names
-        members = [names_of.split() for names_of in CLASSES.values()]
-        class_of = {name: label for label, group in enumerate(members) for name in group}
+        class_of = {}
+        for number, members in enumerate(CLASSES.values()):
+            class_of.update(dict.fromkeys(members.split(), number))
         self.class_of = torch.tensor([class_of.get(name, UNCLASSED) for name in names])
+
+        # One table per definition. Its axes are listed at the end of the line.
         every = ("epe", "acc_strict", "acc_relaxed", "angle_error_rad")
-        self.all = GroupMeans([1])
-        self.grid = GroupMeans([3], every)
-        self.paper = GroupMeans([3])
-        self.av2 = GroupMeans([2, 2, 2], every)  # foreground or not, dynamic or not, close or far
-        self.three_way_2024 = GroupMeans([2, 3])  # near or far; FD, FS, BS
-        self.bucketed = GroupMeans([2, len(CLASSES), BUCKETS], ("epe", "speed"))  # near or far
-        self.by_class = GroupMeans([len(CLASSES) + 1, len(PAPER_SPEEDS), 2], ("epe", "below_5_cm", "below_10_cm"))
-        self.by_ring = GroupMeans([3, len(RINGS_M)])
-        self.confusion = {
-            name: torch.zeros(2, 2, dtype=torch.float64) for name in ("grid", "av2")
-        }  # truly dynamic, said to be
-        self.pair_three_ways: list[float] = []  # grid, of each sweep alone
+        errors = ("epe", "below_5_cm", "below_10_cm")
+        classes, speeds, rings = len(CLASSES), len(PAPER_SPEEDS), len(RINGS_M)
+        self.all = GroupMeans([])  # every point with a known true flow
+        self.grid = GroupMeans([3], every)  # FD, FS, BS
+        self.paper = GroupMeans([3])  # FD, FS, BS
+        self.av2 = GroupMeans([2, 2, 2], every)  # foreground or not; dynamic or not; close or far
+        self.three_way_2024 = GroupMeans([2, 3])  # close or far; FD, FS, BS
+        self.bucketed = GroupMeans([2, classes, BUCKETS], ("epe", "speed"))  # close or far; ...
+        self.by_class = GroupMeans([classes + 1, speeds, 2], errors)  # ...; ...; close or far
+        self.by_ring = GroupMeans([3, rings])  # FD, FS, BS; ...
+
+        # Only counts: [is it truly dynamic?, is it estimated to be dynamic?], where 0 means no.
+        self.grid_confusion = GroupMeans([2, 2], ())
+        self.av2_confusion = GroupMeans([2, 2], ())
+
+        # The three-way EPE (`grid`) of each sweep alone, in the order in which they were added.
+        self.pair_three_ways: list[float] = []
 
     def add(
         self,
@@ -189,169 +288,340 @@ class Scores:
         is_input: torch.Tensor,
         raw: tuple[torch.Tensor, torch.Tensor] | None = None,
         is_in_mask: torch.Tensor | None = None,
-        says_dynamic: torch.Tensor | None = None,
+        estimated_dynamic: torch.Tensor | None = None,
     ) -> None:
-        """One sweep of N points: estimated and true residual flow, and where they were, (N, 3); category (N,) uint8.
+        """Add one sweep of N points.
 
-        Masks (N,) bool: is_dynamic, av2's label; is_valid: the true flow is known; is_ground by ZeroFlow's rule;
-        is_input: not ground and in the student's grid. raw: estimated and true flow with ego-motion, and is_in_mask,
-        the 2023 challenge's points: without both, the av2 numbers stay NaN. says_dynamic: the method's own word;
-        else, that its estimate is longer than 5 cm.
+        estimate, flow: estimated and true residual flow (N, 3), in meters.
+        points: their positions (N, 3), in meters, in the ego frame of sweep 0.
+        category: (N,) uint8, an index of the names that the constructor was given.
+        is_dynamic: (N,) bool, av2's label.
+        is_valid: (N,) bool, the true flow is known.
+        is_ground: (N,) bool, by ZeroFlow's rule.
+        is_input: (N,) bool, not ground and in the student's grid.
+        raw: estimated and true flow (N, 3) including the ego-motion.
+        is_in_mask: (N,) bool, the 2023 challenge's points. Without it, or without raw, the numbers
+        of av2 stay NaN.
+        estimated_dynamic: (N,) bool, if the method itself classifies points. Otherwise an estimate
+        longer than 5 cm counts as dynamic.
         """
-        scores = point_scores(estimate, flow)
-        speed = flow.norm(dim=1)
-        scores |= {"speed": speed, "below_5_cm": scores["epe"] < 0.05, "below_10_cm": scores["epe"] < 0.1}
-        distance = points[:, :2].abs().amax(dim=1)
-        label = self.class_of[category.long()]
-        if says_dynamic is None:
-            says_dynamic = estimate.norm(dim=1) > DYNAMIC_M
+        # What the definitions average, for each point: (N,) each.
+        values = point_scores(estimate, flow)
+        values["below_5_cm"] = values["epe"] < 0.05
+        values["below_10_cm"] = values["epe"] < 0.1
 
-        self.all.add(torch.where(is_valid & points.isfinite().all(dim=1), 0, NOT_COUNTED), scores)
-        groups = grid_groups(category, is_dynamic, is_input)
-        self.grid.add(groups, scores)
-        self._confuse("grid", is_input, is_dynamic, says_dynamic)
-        alone = GroupMeans([3])
-        alone.add(groups, scores)
-        self.pair_three_ways.append(mean_of_filled(alone.mean(), alone.counts).item())
-        self.paper.add(paper_groups(points, flow, category, is_input, self.names), scores)
+        # What several definitions group by.
+        distance = points[:, :2].abs().amax(dim=1)  # (N,) max(|x|, |y|), in meters
+        label = self.class_of[category.long()]  # (N,) a class of 2024, or UNCLASSED
+        if estimated_dynamic is None:
+            estimated_dynamic = estimate.norm(dim=1) > DYNAMIC_M
 
-        ring = torch.bucketize(distance, points.new_tensor(RINGS_M[1:]), right=True)
-        self.by_ring.add(torch.where(is_input, groups * len(RINGS_M) + ring, NOT_COUNTED), scores)
-        lowest = torch.tensor(list(PAPER_SPEEDS.values())[1:])
-        group = label * len(PAPER_SPEEDS) + torch.bucketize(SWEEPS_PER_S * speed, lowest, right=True)
-        self.by_class.add(torch.where(is_input, group * 2 + (distance > NEAR_M), NOT_COUNTED), scores)
+        # The position of a broken return is NaN, and an error there would mean nothing.
+        is_known = is_valid & points.isfinite().all(dim=1)
+        self.all.add(is_known, (), values)
 
-        is_far = (distance >= NEAR_M).long()
-        is_scored = is_scored_2024(points, is_ground, is_valid) & (label < UNCLASSED)
-        bucket = torch.bucketize(speed, torch.arange(1, BUCKETS) * BUCKET_M, right=True)
-        group = (is_far * len(CLASSES) + label) * BUCKETS + bucket
-        self.bucketed.add(torch.where(is_scored, group, NOT_COUNTED), scores)
-        group = is_far * 3 + torch.where(label > 0, torch.where(speed >= DYNAMIC_M, FD, FS), BS)
-        self.three_way_2024.add(torch.where(is_scored, group, NOT_COUNTED), scores)
-
+        # The definitions of the module docstring, each with its own points and groups.
+        self._add_grid(values, distance, category, is_dynamic, is_input, estimated_dynamic)
+        self._add_by_class(values, distance, label, is_input)
+        group, is_counted = paper_groups(points, flow, category, is_input, self.names)
+        self.paper.add(is_counted, (group,), values)
+        is_scored = is_scored_2024(points, is_ground, is_valid)
+        self._add_2024(values, distance, label, is_scored)
         if raw is not None and is_in_mask is not None:
             is_scored = is_in_mask & is_valid
-            group = ((category == 0).long() * 2 + ~is_dynamic) * 2 + (distance > NEAR_M)
-            self.av2.add(torch.where(is_scored, group, NOT_COUNTED), point_scores(*raw))
-            self._confuse("av2", is_scored, is_dynamic, says_dynamic)
+            self._add_av2(raw, distance, category, is_dynamic, is_scored, estimated_dynamic)
 
-    def _confuse(self, name: str, is_scored: torch.Tensor, is_dynamic: torch.Tensor, says: torch.Tensor) -> None:
-        self.confusion[name] += torch.bincount(is_dynamic * 2 + says, is_scored.double(), minlength=4).view(2, 2)
+    def _add_grid(
+        self,
+        values: dict[str, torch.Tensor],
+        distance: torch.Tensor,
+        category: torch.Tensor,
+        is_dynamic: torch.Tensor,
+        is_input: torch.Tensor,
+        estimated_dynamic: torch.Tensor,
+    ) -> None:
+        """`grid`: all points that the method sees, whether their true flow is valid or not."""
+        group = grid_groups(category, is_dynamic)
+        self.grid.add(is_input, (group,), values)
+        self.grid_confusion.add(is_input, (is_dynamic.long(), estimated_dynamic.long()), {})
+
+        # The three-way EPE of this sweep alone shows which pairs a method does worst on.
+        alone = GroupMeans([3])
+        alone.add(is_input, (group,), values)
+        self.pair_three_ways.append(mean_of_filled(alone.mean(), alone.counts).item())
+
+        # The same points by distance. Each ring includes its inner border.
+        inner_m = distance.new_tensor(RINGS_M[1:])
+        ring = torch.bucketize(distance, inner_m, right=True)
+        self.by_ring.add(is_input, (group, ring), values)
+
+    def _add_by_class(
+        self,
+        values: dict[str, torch.Tensor],
+        distance: torch.Tensor,
+        label: torch.Tensor,
+        is_input: torch.Tensor,
+    ) -> None:
+        """The paper's breakdown by class, speed and distance, for the points of `grid`."""
+        # The borders between the ranges of speed: the lowest range begins at 0 and needs none.
+        borders_mps = torch.tensor(list(PAPER_SPEEDS.values())[1:])
+        speed_range = torch.bucketize(SWEEPS_PER_S * values["speed"], borders_mps, right=True)
+
+        # As in `paper` and av2, a point at exactly 35 m is close.
+        is_far = distance > NEAR_M
+        self.by_class.add(is_input, (label, speed_range, is_far.long()), values)
+
+    def _add_2024(
+        self,
+        values: dict[str, torch.Tensor],
+        distance: torch.Tensor,
+        label: torch.Tensor,
+        is_scored: torch.Tensor,
+    ) -> None:
+        """The 2024 challenge: `three_way_2024` and `bucketed`, for near and far points."""
+        # Points of no meta class (signs, animals) are not scored. Here, 35 m itself is far.
+        is_scored = is_scored & (label < UNCLASSED)
+        is_far = (distance >= NEAR_M).long()
+
+        # Bucket 0 is [0, 0.04) m per sweep, bucket 50 holds everything from 2 m on.
+        borders_m = torch.arange(1, BUCKETS) * BUCKET_M
+        bucket = torch.bucketize(values["speed"], borders_m, right=True)
+        self.bucketed.add(is_scored, (is_far, label, bucket), values)
+
+        # "Dynamic" is decided by the true flow itself here, not by av2's label.
+        is_fast = values["speed"] >= DYNAMIC_M
+        group = torch.where(label > 0, torch.where(is_fast, FD, FS), BS)
+        self.three_way_2024.add(is_scored, (is_far, group), values)
+
+    def _add_av2(
+        self,
+        raw: tuple[torch.Tensor, torch.Tensor],
+        distance: torch.Tensor,
+        category: torch.Tensor,
+        is_dynamic: torch.Tensor,
+        is_scored: torch.Tensor,
+        estimated_dynamic: torch.Tensor,
+    ) -> None:
+        """`av2`: the 2023 challenge's definition, which is on raw flow."""
+        # Foreground, dynamic and close come first along their axes, as in the keys.
+        is_background = (category == 0).long()
+        is_static = (~is_dynamic).long()
+        is_far = (distance > NEAR_M).long()
+        self.av2.add(is_scored, (is_background, is_static, is_far), point_scores(*raw))
+        self.av2_confusion.add(is_scored, (is_dynamic.long(), estimated_dynamic.long()), {})
 
     def numbers(self) -> dict[str, float]:
-        """Everything, flat: keys say the definition first. NaN where there was nothing to measure."""
-        result = {"epe": self.all.mean().item(), "points": int(self.grid.counts.sum())}
+        """Return every number in one flat dictionary.
+
+        The first part of a key names the definition. NaN means that there was nothing to measure.
+        """
+        return {
+            "epe": self.all.mean().item(),
+            "points": int(self.grid.counts.sum()),
+            **self._grid_numbers(),
+            **self._three_ways(),
+            **self._av2_numbers(),
+            **self._bucketed_numbers(),
+            **self._class_numbers(),
+            **self._ring_numbers(),
+        }
+
+    def _grid_numbers(self) -> dict[str, float]:
+        """Means over all points of `grid`."""
+        result = {}
         for name in self.grid.sums:
             result[f"grid_{name}"] = self.grid.mean(name, over=[0]).item()
-        pair_mean = (
-            torch.tensor(self.pair_three_ways, dtype=torch.float64).nanmean().item()
-        )  # NaN: a pair without points
-        result |= {"grid_three_way_pair_mean": pair_mean, "grid_dynamic_iou": self._dynamic_iou("grid")}
-        near, every = self.three_way_2024.mean()[0], self.three_way_2024.mean(over=[0])
-        segments = [0, 0, 1], [0, 1, 1]  # of av2: foreground dynamic, foreground static, background static
+
+        # A sweep without points in the grid has no three-way EPE (NaN). It stays out of the mean.
+        of_pairs = torch.tensor(self.pair_three_ways, dtype=torch.float64)
+        result["grid_three_way_pair_mean"] = of_pairs.nanmean().item()
+        result["grid_dynamic_iou"] = dynamic_iou(self.grid_confusion.counts)
+        return result
+
+    def _three_ways(self) -> dict[str, float]:
+        """The three-way EPE by every definition, with its parts."""
+        # Three cells of av2's table, over all distances: foreground dynamic, foreground static,
+        # background static.
+        segments = [0, 0, 1], [0, 1, 1]
+        av2_means = self.av2.mean(over=[2])[segments]  # (3,)
+        av2_counts = self.av2.counts.sum(dim=2)[segments]
+
+        # The headline of the 2024 challenge takes points within 35 m, the other all points.
+        near = self.three_way_2024.mean()[0]  # (3,)
+        near_counts = self.three_way_2024.counts[0]
+        every = self.three_way_2024.mean(over=[0])
+        every_counts = self.three_way_2024.counts.sum(dim=0)
+
+        result = {}
         for name, means, counts in (
             ("grid_three_way", self.grid.mean(), self.grid.counts),
             ("paper_three_way", self.paper.mean(), self.paper.counts),
-            ("av2_three_way", self.av2.mean(over=[2])[segments], self.av2.counts.sum(dim=2)[segments]),
-            ("three_way_2024", near, self.three_way_2024.counts[0]),
-            ("three_way_2024_all_distances", every, self.three_way_2024.counts.sum(dim=0)),
+            ("av2_three_way", av2_means, av2_counts),
+            ("three_way_2024", near, near_counts),
+            ("three_way_2024_all_distances", every, every_counts),
         ):
-            result |= {name + key: value for key, value in three_way(means, counts).items()}
-        return result | self._av2_numbers() | self._bucketed_numbers() | self._breakdown()
-
-    def _dynamic_iou(self, name: str) -> float:
-        (_, false_positive), (false_negative, true_positive) = self.confusion[name]
-        return (true_positive / (true_positive + false_positive + false_negative)).item()
+            for suffix, value in three_way(means, counts).items():
+                result[name + suffix] = value
+        return result
 
     def _av2_numbers(self) -> dict[str, float]:
-        """av2's own table, without the background that moves, of which it has none."""
-        result = {"av2_dynamic_iou": self._dynamic_iou("av2")}
-        segments = {"foreground_dynamic": (0, 0), "foreground_static": (0, 1), "background_static": (1, 1)}
+        """av2's own table. It has no row for dynamic background, although such points can exist."""
+        result = {"av2_dynamic_iou": dynamic_iou(self.av2_confusion.counts)}
+        segments = {
+            "foreground_dynamic": (0, 0),
+            "foreground_static": (0, 1),
+            "background_static": (1, 1),
+        }
+        # Each over all distances (without a suffix), and for close and far points.
         for name in self.av2.sums:
+            pooled, by_distance = self.av2.mean(name, over=[2]), self.av2.mean(name)
             for segment, index in segments.items():
-                result[f"av2_{name}_{segment}"] = self.av2.mean(name, over=[2])[index].item()
-                for place, mean in zip(("close", "far"), self.av2.mean(name)[index], strict=True):
-                    result[f"av2_{name}_{segment}_{place}"] = mean.item()
+                key = f"av2_{name}_{segment}"
+                close, far = by_distance[index]
+                result[key] = pooled[index].item()
+                result[f"{key}_close"] = close.item()
+                result[f"{key}_far"] = far.item()
         return result
 
     def _bucketed_numbers(self) -> dict[str, float]:
-        """The 2024 challenge: per class, error of the first bucket in metres, and of the others as a share of motion.
+        """The bucketed errors of the 2024 challenge, by class.
 
-        1.0 is no better than saying that nothing moves. The headline is bucketed_dynamic_mean.
+        Static errors are in meters, dynamic ones a share of the motion. The no-motion baseline has
+        a dynamic error of 1.0 everywhere. The headline is bucketed_dynamic_mean.
         """
         result = {}
-        for place, rows in (("", [0]), ("_all_distances", [0, 1])):
+        for suffix, rows in (("", [0]), ("_all_distances", [0, 1])):
             counts = self.bucketed.counts[rows].sum(dim=0)  # (classes, buckets)
-            error, speed = (self.bucketed.sums[name][rows].sum(dim=0) / counts for name in ("epe", "speed"))
-            static, dynamic = error[:, 0], mean_of_filled((error / speed)[:, 1:], counts[:, 1:])  # (classes,)
-            is_there = {"static": counts[:, 0], "dynamic": counts[:, 1:].sum(dim=1)}
-            for kind, values in (("static", static), ("dynamic", dynamic)):
-                result[f"bucketed_{kind}_mean{place}"] = mean_of_filled(values, is_there[kind]).item()
-                for label, value in zip(CLASSES, values, strict=True):
-                    result[f"bucketed_{kind}_{label}{place}"] = value.item()
+            error = self.bucketed.sums["epe"][rows].sum(dim=0) / counts
+            speed = self.bucketed.sums["speed"][rows].sum(dim=0) / counts
+
+            # A class's static error is the mean error of its first bucket. Its dynamic error is the
+            # mean over the other buckets, each divided by its mean speed: slow and fast objects
+            # weigh the same.
+            static, share = error[:, 0], error / speed
+            dynamic = mean_of_filled(share[:, 1:], counts[:, 1:])  # (classes,)
+
+            # A class without such points stays out of the mean over classes. The background, for
+            # example, has no dynamic points.
+            static_counts, dynamic_counts = counts[:, 0], counts[:, 1:].sum(dim=1)
+            for kind, by_class, class_counts in (
+                ("static", static, static_counts),
+                ("dynamic", dynamic, dynamic_counts),
+            ):
+                mean = mean_of_filled(by_class, class_counts)
+                result[f"bucketed_{kind}_mean{suffix}"] = mean.item()
+                for label, value in zip(CLASSES, by_class, strict=True):
+                    result[f"bucketed_{kind}_{label}{suffix}"] = value.item()
         return result
 
-    def _breakdown(self) -> dict[str, float]:
-        """Grid points by class, speed and distance as in the paper's figures, and EPE by ring."""
+    def _class_numbers(self) -> dict[str, float]:
+        """Points and errors in the grid by class, speed and distance (the paper's breakdown)."""
+        # Close, far, and both pooled (without a suffix), as slices of the table's last axis.
+        places = {"_close": slice(0, 1), "_far": slice(1, 2), "": slice(None)}
         result = {}
         for i, label in enumerate((*CLASSES, "other")):
             for j, speed in enumerate(PAPER_SPEEDS):
-                for k, place in enumerate(("close", "far", "")):
-                    where = slice(None) if place == "" else slice(k, k + 1)
-                    count = self.by_class.counts[i, j, where].sum()
-                    segment = "_".join(part for part in (label, speed, place) if part)
+                for place, part in places.items():
+                    segment = f"{label}_{speed}{place}"
+                    count = self.by_class.counts[i, j, part].sum()
                     result[f"grid_points_{segment}"] = int(count)
                     for name, sums in self.by_class.sums.items():
-                        result[f"grid_{name}_{segment}"] = (sums[i, j, where].sum() / count).item()
+                        result[f"grid_{name}_{segment}"] = (sums[i, j, part].sum() / count).item()
+        return result
+
+    def _ring_numbers(self) -> dict[str, float]:
+        """End-point errors in the grid by group and by distance from the ego."""
+        result = {}
         for group, means in zip(GROUPS, self.by_ring.mean(), strict=True):
-            for inner, mean in zip(RINGS_M, means, strict=True):
-                result[f"grid_epe_{group}_from_{inner}_m"] = mean.item()
+            for inner_m, mean in zip(RINGS_M, means, strict=True):
+                result[f"grid_epe_{group}_from_{inner_m}_m"] = mean.item()
         return result
 
 
-# --- To read ---------------------------------------------------------------------------------------------------------
+def dynamic_iou(confusion: torch.Tensor) -> float:
+    """Return the intersection over union of dynamic points, TP / (TP + FP + FN).
+
+    confusion (2, 2): counts by [is it truly dynamic?, is it estimated to be dynamic?], 0 for no.
+    """
+    (_, false_positive), (false_negative, true_positive) = confusion
+    return (true_positive / (true_positive + false_positive + false_negative)).item()
+
+
+# --- To read --------------------------------------------------------------------------------------
 
 
 def report(numbers: dict[str, float]) -> str:
-    """The numbers of `Scores` by definition, and by class and speed, as tables to read."""
+    """Return the numbers of `Scores` as three tables: by definition, by quality, by class."""
+    tables = (_definitions_table(numbers), _quality_table(numbers), _classes_table(numbers))
+    text = "\n\n".join("\n".join(lines) for lines in tables)
+    return text.replace("      nan", "        -")
 
-    def cells(*keys: str) -> str:
-        return " ".join(f"{numbers[key]:9.4f}" for key in keys)
 
+def _cells(numbers: dict[str, float], keys: Sequence[str]) -> str:
+    """The numbers of the keys, each 9 characters wide."""
+    return " ".join(f"{numbers[key]:9.4f}" for key in keys)
+
+
+def _definitions_table(numbers: dict[str, float]) -> list[str]:
+    """Lines: the three-way EPE by every definition, with its three parts."""
     lines = [f"{'three-way EPE, by definition':38} {'mean':>9} {'FD':>9} {'FS':>9} {'BS':>9}"]
-    for name, what in {
+    definitions = {
         "grid_three_way": "grid: this project's",
         "paper_three_way": "paper: ZeroFlow's published code",
         "av2_three_way": "av2: the 2023 challenge",
         "three_way_2024": "three_way_2024: within 35 m",
         "three_way_2024_all_distances": "... at all distances",
-    }.items():
-        lines.append(f"{what:38} {cells(name, *(f'{name}_{group}' for group in GROUPS))}")
-    lines += ["", f"{'all groups':38} {'EPE':>9} {'AccS':>9} {'AccR':>9} {'angle':>9} {'dyn. IoU':>9}"]
+    }
+    # As everywhere, a definition's parts are named by suffixes.
+    for name, text in definitions.items():
+        keys = [name, *(f"{name}_{group}" for group in GROUPS)]
+        lines.append(f"{text:38} {_cells(numbers, keys)}")
+    return lines
+
+
+def _quality_table(numbers: dict[str, float]) -> list[str]:
+    """Lines: error, accuracies and angle, over all points or by av2's segments."""
+    columns = " ".join(f"{name:>9}" for name in ("EPE", "AccS", "AccR", "angle", "dyn. IoU"))
     quality = ("epe", "acc_strict", "acc_relaxed", "angle_error_rad")
-    lines.append(f"{'every point with a true flow':38} {cells('epe')}")
-    lines.append(f"{'grid':38} {cells(*(f'grid_{name}' for name in quality), 'grid_dynamic_iou')}")
+    grid_keys = [*(f"grid_{name}" for name in quality), "grid_dynamic_iou"]
+    lines = [
+        f"{'all groups':38} {columns}",
+        f"{'every point with a true flow':38} {_cells(numbers, ['epe'])}",
+        f"{'grid':38} {_cells(numbers, grid_keys)}",
+    ]
     for segment in ("foreground_dynamic", "foreground_static", "background_static"):
         keys = [f"av2_{name}_{segment}" for name in quality]
-        lines.append(f"{'av2: ' + segment.replace('_', ' '):38} {cells(*keys)}")
-    lines.append(f"{'av2: all':38} {' ' * 39} {cells('av2_dynamic_iou')}")
-    speeds = list(PAPER_SPEEDS)
-    head = " ".join(f"{name:>9}" for name in ("<.5 m/s", ".5-2", ">2 m/s", "static", "dynamic"))
-    lines += ["", f"{'by class':24} {'points':>13} {head}   (EPE in the grid by speed; 2024's bucketed)"]
+        lines.append(f"{'av2: ' + segment.replace('_', ' '):38} {_cells(numbers, keys)}")
+
+    # av2's IoU is over all segments, so it has a row of its own, in the last column.
+    lines.append(f"{'av2: all':38} {' ' * 39} {_cells(numbers, ['av2_dynamic_iou'])}")
+    return lines
+
+
+def _classes_table(numbers: dict[str, float]) -> list[str]:
+    """Lines: by class, the error in the grid by speed, and the 2024 challenge's bucketed errors."""
+    columns = " ".join(f"{name:>9}" for name in ("<.5 m/s", ".5-2", ">2 m/s", "static", "dynamic"))
+    note = "   (EPE in the grid by speed; 2024's bucketed)"
+    lines = [f"{'by class':24} {'points':>13} {columns}{note}"]
     for label in (*CLASSES, "other"):
-        count = sum(numbers[f"grid_points_{label}_{speed}"] for speed in speeds)
-        bucketed = [f"bucketed_{kind}_{label}" for kind in ("static", "dynamic")] if label != "other" else []
-        by_speed = cells(*(f"grid_epe_{label}_{speed}" for speed in speeds), *bucketed)
-        lines.append(f"{label.replace('_', ' '):24} {count:13} {by_speed}")
-    means = cells("bucketed_static_mean", "bucketed_dynamic_mean")
-    lines.append(f"{'mean of classes':24} {' ' * 43} {means}   (m; share of the motion: 1 is no better than none)")
-    return "\n".join(lines).replace("      nan", "        -")
+        points = sum(numbers[f"grid_points_{label}_{speed}"] for speed in PAPER_SPEEDS)
+        keys = [f"grid_epe_{label}_{speed}" for speed in PAPER_SPEEDS]
+        if label != "other":  # which is not a class of the 2024 challenge
+            keys += [f"bucketed_static_{label}", f"bucketed_dynamic_{label}"]
+        lines.append(f"{label.replace('_', ' '):24} {points:13} {_cells(numbers, keys)}")
+
+    # The headline of the 2024 challenge, below the last two columns.
+    means = _cells(numbers, ["bucketed_static_mean", "bucketed_dynamic_mean"])
+    note = "   (m; share of the motion: 1 is what no-motion gets)"
+    lines.append(f"{'mean of classes':24} {' ' * 43} {means}{note}")
+    return lines
 
 
-# --- What the paper printed ------------------------------------------------------------------------------------------
+# --- What the paper printed -----------------------------------------------------------------------
 
-# Three-way EPE (metres, `paper`) on Argoverse 2's whole validation split, and milliseconds a pair: Vedder et al., ICLR
-# 2024, from its tables and the authors' plotting constants. Nobody here has measured these.
+# Three-way EPE (meters, `paper`) on the whole validation split of Argoverse 2, and milliseconds per
+# pair: Vedder et al., ICLR 2024, from its tables and the authors' plotting constants. Quoted, not
+# measured here.
 PAPER = {
     "ZeroFlow 1x": (0.087, 29.33),
     "ZeroFlow 3x": (0.066, 29.33),
@@ -370,18 +640,34 @@ PAPER = {
     "ICP": (0.204, 523.0),
     "EgoFlow": (0.205, 2116.0),
 }
-# The same error by the share of the Sensor training split that is learnt from; beyond 1 with LiDAR logs, which have no
-# human labels. Same sources.
+
+# The same error by the share of the Sensor training split that a student learned from, from the
+# same sources. Shares above 1 add logs of the LiDAR data set, which have no human labels.
 PAPER_SCALING = {
-    "ZeroFlow": {0.01: 0.216, 0.1: 0.139, 0.2: 0.116, 0.5: 0.101, 1: 0.087, 2: 0.076, 3: 0.066, 5: 0.058},
+    "ZeroFlow": {
+        0.01: 0.216,
+        0.1: 0.139,
+        0.2: 0.116,
+        0.5: 0.101,
+        1: 0.087,
+        2: 0.076,
+        3: 0.066,
+        5: 0.058,
+    },
     "FastFlow3D (human)": {0.01: 0.202, 0.1: 0.125, 0.2: 0.104, 0.5: 0.091, 1: 0.076},
 }
-AV2_VAL_LOGS = 150  # in that split, of the Sensor data set
+AV2_VAL_LOGS = 150  # in the validation split of the Sensor data set
 
 
 def beside_the_paper(name: str, numbers: dict[str, float]) -> str:
-    """The paper's methods and this one, with its seconds_per_pair, by paper_three_way: a table to read."""
+    """Return a table of the paper's methods and this one, sorted by the paper's three-way EPE.
+
+    numbers: as `Scores.numbers` returns them, and seconds_per_pair, the median measured here.
+    """
     rows = [(error, ms, method) for method, (error, ms) in PAPER.items()]
     rows.append((numbers["paper_three_way"], 1e3 * numbers["seconds_per_pair"], f"{name} *"))
-    lines = ["", f"{'the paper, same split; * measured here':40} {'3-way':>9} {'ms a pair':>10}   (*: the median)"]
-    return "\n".join([*lines, *(f"{method:40} {error:9.4f} {ms:10.1f}" for error, ms, method in sorted(rows))])
+    title = "the paper, same split; * measured here"
+    lines = ["", f"{title:40} {'3-way':>9} {'ms/pair':>10}   (*: the median)"]
+    for error, ms, method in sorted(rows):
+        lines.append(f"{method:40} {error:9.4f} {ms:10.1f}")
+    return "\n".join(lines)

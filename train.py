@@ -1,23 +1,27 @@
-"""The trainer: a student (fastflow3d.py) learns from a teacher's pseudo-labels, on one GPU, a CPU, or under torchrun.
+"""The training loop: a student (fastflow3d.py) learns from a teacher's pseudo-labels.
 
-    python train.py                                                        the whole method on a synthetic street
-    python train.py --preset zeroflow-1x --data ROOT --labels DIR --val ROOT --out RUN        the published recipe
-    python train.py --resume true --out RUN                                            go on where a run was stopped
-    torchrun --nproc-per-node 4 train.py --preset zeroflow-1x ...                               on several GPUs
+ZeroFlow, section 3 (Vedder et al., ICLR 2024), on a CPU, a GPU, or several GPUs under torchrun:
 
-Without --data it makes the street, lets the teacher label it (both are kept in the user's cache folder), trains a small
-student and compares all on logs that neither has seen. Every field of `TrainSettings` is an option --name value; a
-preset is a handful of them.
+    python train.py                          the whole method on a synthetic street (demo.py)
+    python train.py --preset zeroflow-1x --data av2/train --labels labels --val av2/val --out run
+    python train.py --resume --out run       continue after an interruption
+    torchrun --nproc-per-node 4 train.py --preset zeroflow-1x ...
 
-Nothing is lost: the folder --out holds last.pt, previous.pt and best.pt (each whole or not there), and log.jsonl, a
-line a step. On a CPU, a run that was stopped at any instant and resumed has the weights of one that was not, bit for
-bit. On SIGTERM, which is how clusters take a machine back, it writes last.pt and ends with status 0.
+The file follows the data: settings, a run, samples, batches, training, several processes, and the
+run's folder. That folder holds last.pt (the newest checkpoint), best.pt (the best one on --val),
+log.jsonl (one line per step and per validation) and settings.json.
+
+An interruption costs nothing but time. On a CPU, a run that is killed at any instant and resumed
+ends with the weights of an undisturbed run, bit for bit. On SIGTERM, by which clusters take a
+machine back, it writes last.pt and ends with status 0.
+
+Points are (N, 3) float32 in meters, in the ego frame of sweep 0, without ground; flow is residual.
+The defaults are the published recipe. Clipping, a falling learning rate and bfloat16 are ours, and
+are off unless asked for; for the paper's speed weight and its code's see `zeroflow.speed_weight`.
 """
 
 from __future__ import annotations
 
-import argparse
-import collections
 import contextlib
 import dataclasses
 import datetime
@@ -28,454 +32,504 @@ import json
 import math
 import os
 import signal
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 import data
 import fastflow3d
-import nsfp
-import synthetic
+import labels
 import zeroflow
+from data import DataError
+
+# --- Settings -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """One flat list. The defaults are the published recipe; without `data` the preset `street` changes some."""
+    """One flat list of options. The defaults are the published recipe; see PRESETS for others."""
 
-    # What to learn from. Options with a plural meaning may be given once for each --data, in its order.
-    preset: str = ""  # one of PRESETS: other defaults
-    data: tuple[str, ...] = ()  # a split, a log, or a folder of clouds; several: the Sensor and the LiDAR data set
-    labels: tuple[str, ...] = ()  # the labels of each, as `python zeroflow.py label` writes them, or published ones
-    supervised: bool = False  # learn from the true flow instead of labels: FastFlow3D
-    fraction: float = 1.0  # share of the pairs; a smaller one is part of a larger one
-    sweeps_per_log: tuple[int, ...] = (0,)  # the first ones; 145 as the published code; 0: all
-    pairs_per_log: tuple[int, ...] = (0,)  # at regular intervals: 12 of LiDAR logs is 3x, 24 is 5x; 0: all
-    ground: str = ""  # raster, vector, points, none; empty: the first that there is. See data.open_dataset
-    poses: str = ""  # of a folder of clouds, if not beside them
-    rate_hz: float = 10.0  # of clouds without time stamps
-    val: str = ""  # a split or a log with annotations, to evaluate on
+    # What to learn from.
 
-    # The student and how it learns.
-    model: str = "normal"  # narrow, normal or xl: see fastflow3d.MODELS
-    epochs: int = 50  # a later code base by the paper's authors: 20
-    steps: int = 0  # if not 0, instead of epochs
-    batch_size: int = 64  # pairs a step, over all processes
-    micro_batch: int = 16  # pairs at a time, of which batch norm takes its statistics: published, 16 on each of 4 GPUs
-    lr: float = 2e-6  # of Adam. The later code base: 2e-4
-    cosine: bool = False  # 5 % warm-up, then down to 0. Published: constant
-    speed_weight: str = "formula"  # formula, published or none: see zeroflow.speed_weight
-    weighted_share: float = 1.0  # of the steps, the first ones, weigh points by speed, the rest not
-    clip_norm: float = 0.0  # of the whole batch's gradient, 0: none, as published
-    dtype: str = "float32"  # of the U-Net, as published; or bfloat16: faster on processors that know it
-    seed: int = 0
-    device: str = ""  # cpu or cuda; empty: cuda where there is one
+    # other defaults: street, zeroflow-1x (-3x, -5x), zeroflow-xl-1x (-3x, -5x), fastflow3d (-xl)
+    preset: str | None = None
+    data: tuple[str, ...] = ()  # splits, logs or folders of clouds to learn from
+    labels: tuple[str, ...] = ()  # one folder of labels for each --data, in the same order
+    supervised: bool = False  # learn from the true flow instead of labels, as FastFlow3D does
+    fraction: float = 1.0  # share of the pairs to use; a smaller share is part of a larger one
+    # only the first sweeps of each log: a number or `all`, or one for each --data; published: 145
+    sweeps_per_log: tuple[int | None, ...] = (None,)
+    # only this many pairs of each log, evenly spread, or `all`; 12 of LiDAR logs is 3x, 24 is 5x
+    pairs_per_log: tuple[int | None, ...] = (None,)
+    # where ground comes from; auto: the first of raster, vector and points that a log has
+    ground: Literal["auto", "raster", "vector", "points", "none"] = "auto"
+    poses: str | None = None  # file of poses for a folder of clouds, if it is not beside them
+    rate_hz: float = 10.0  # sweeps per second of clouds whose names are not time stamps
+    val: str | None = None  # a split or log with annotations to evaluate on
+
+    # The student, and how it learns.
+
+    model: Literal["narrow", "normal", "xl"] = "normal"  # size of the student
+    epochs: int = 50  # how often every pair is shown; later code of the authors: 20
+    steps: int | None = None  # how many steps to train; none: as many as the epochs have
+    batch_size: int = 64  # pairs per step, over all processes
+    # pairs that pass the network together and share batch norm's statistics; published: 16
+    micro_batch: int = 16
+    lr: float = 2e-6  # learning rate of Adam; later code of the authors: 2e-4
+    cosine: bool = False  # warm up for 5 % of the steps, then fall to 0; published: constant rate
+    # how the speed of a point weighs its error; published: as the published code does
+    speed_weight: Literal["formula", "published", "none"] = "formula"
+    weighted_share: float = 1.0  # share of the steps, the first ones, that use the speed weight
+    clip_norm: float | None = None  # clip the gradient of a step to this norm; published: none
+    # number format of the U-Net; bfloat16 is faster on processors that support it
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    seed: int = 0  # of the student's first weights and of the order of pairs
+    device: str = "auto"  # cpu or cuda; auto: cuda if there is a GPU
 
     # The run.
-    out: str = "run"  # the folder of its checkpoints and log
-    resume: bool = False  # go on from the newest whole checkpoint in `out`, by the settings stored there
+
+    out: str = "run"  # folder for checkpoints and log
+    resume: bool = False  # continue the run in --out with its stored settings
     workers: int = 4  # processes that read pairs ahead, for each GPU
-    checkpoint_every: int = 100  # steps
-    validate_every: int = 0  # steps; 0: once an epoch
-    val_share: float = 0.05  # of the pairs of `val`, evenly spread, at each of these; all of them at the end
-    max_broken: float = 0.05  # stop when more of the pairs shown could not be read and were replaced by others
-    curve: bool = False  # only draw loss and validation of the run in `out`
-    picture: str = ""  # a PNG or PDF file for a bird's-eye view of a pair that the student has not seen
-
-    # The street, where `data` is empty.
-    train_logs: int = 30
-    test_logs: int = 6
+    checkpoint_every: int = 100  # steps between checkpoints
+    validate_every: int | None = None  # steps between validations; none: once per epoch
+    # share of the pairs of --val, evenly spread, for validations; all are evaluated at the end
+    val_share: float = 0.05
+    max_broken: float = 0.05  # stop if more than this share of the pairs shown is unreadable
 
 
-_XL = {"model": "xl", "batch_size": 12, "micro_batch": 2}  # published: 2 on each of 6 GPUs
+# Ours, for the small street and a CPU: few steps, at a high rate that falls. Only the first half of
+# them weighs by speed.
+_STREET = {"model": "narrow", "steps": 1500, "batch_size": 1, "micro_batch": 1, "workers": 0}
+_STREET |= {"lr": 2e-3, "cosine": True, "weighted_share": 0.5, "clip_norm": 0.5}
+
+# The paper's runs. 3x and 5x take the Sensor data set first and the LiDAR data set second. The
+# published XL was trained on six GPUs with two pairs each.
+_1X = {"sweeps_per_log": (145,)}
+_3X = {"sweeps_per_log": (145, None), "pairs_per_log": (None, 12)}
+_5X = {"sweeps_per_log": (145, None), "pairs_per_log": (None, 24)}
+_XL = {"model": "xl", "batch_size": 12, "micro_batch": 2}
 PRESETS = {
-    "street": {
-        "model": "narrow",
-        "steps": 1500,
-        "batch_size": 1,
-        "micro_batch": 1,
-        "lr": 2e-3,
-        "cosine": True,
-        "weighted_share": 0.5,
-        "clip_norm": 0.5,
-        "workers": 0,
-    },
-    "zeroflow-1x": {"sweeps_per_log": (145,)},
-    "zeroflow-3x": {"sweeps_per_log": (145, 0), "pairs_per_log": (0, 12)},  # --data Sensor --data LiDAR
-    "zeroflow-5x": {"sweeps_per_log": (145, 0), "pairs_per_log": (0, 24)},
-    "zeroflow-xl-1x": {"sweeps_per_log": (145,), **_XL},
-    "zeroflow-xl-3x": {"sweeps_per_log": (145, 0), "pairs_per_log": (0, 12), **_XL},
-    "zeroflow-xl-5x": {"sweeps_per_log": (145, 0), "pairs_per_log": (0, 24), **_XL},
-    "scaling-law": {"train_logs": 100},  # on the street's other settings: see scaling_law
-    "fastflow3d": {"sweeps_per_log": (145,), "supervised": True},
-    "fastflow3d-xl": {"sweeps_per_log": (145,), "supervised": True, **_XL},
+    "street": _STREET,
+    "zeroflow-1x": _1X,
+    "zeroflow-3x": _3X,
+    "zeroflow-5x": _5X,
+    "zeroflow-xl-1x": _1X | _XL,
+    "zeroflow-xl-3x": _3X | _XL,
+    "zeroflow-xl-5x": _5X | _XL,
+    "fastflow3d": _1X | {"supervised": True},
+    "fastflow3d-xl": _1X | _XL | {"supervised": True},
 }
-PRESETS["scaling-law"] |= PRESETS["street"]
-STREET = synthetic.PRESETS["small"]
-# Half the work of `fast`; and points so sparse form clusters, and meet sweep 1, from farther away.
-STREET_TEACHER = dataclasses.replace(
-    nsfp.TEACHERS["fast"], priors=2, iterations=150, cluster_reach=0.8, cluster_points=5, confirm_reach=0.5
-)
 DTYPES = ("float32", "bfloat16")
-TRAIN_SEED, TEST_SEED = 0, 1  # of the street's logs
-# What a resumed run may be given anew: where things are, how fast it goes, and the way out where gradients explode.
-MAY_CHANGE = {"resume", "out", "data", "labels", "val", "val_share", "workers", "device", "checkpoint_every", "picture"}
-MAY_CHANGE |= {"validate_every", "max_broken", "lr", "clip_norm", "dtype"}
+
+# Settings that may change when a run is resumed: paths, speed, and remedies for exploding
+# gradients. With any other change it would be another run under the same name.
+MAY_CHANGE = {"resume", "out", "data", "labels", "val", "val_share", "validate_every", "max_broken"}
+MAY_CHANGE |= {"workers", "device", "checkpoint_every", "lr", "clip_norm", "dtype"}
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        description="Train a student on pseudo-labels; without --data, do all of ZeroFlow on a synthetic street.",
-        epilog="example: python train.py --preset zeroflow-1x --data av2/train --labels labels --val av2/val --out run",
-    )
-    zeroflow.add_settings(parser, TrainSettings)
-    try:
-        settings = resolve(parser.parse_args(argv))
-        if settings.curve:
-            draw_curve(Path(settings.out))
-        else:
-            with processes(settings) as settings:
-                run(settings)
-    except (data.DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+def resolve(given: dict) -> TrainSettings:
+    """The settings of a run; given: those fields that the user gave.
 
-
-def resolve(arguments: argparse.Namespace) -> TrainSettings:
-    """Settings from what was given: over the stored ones of a run that is resumed, else over a preset's."""
-    given = {name: value for name, value in vars(arguments).items() if value is not None}
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    out = Path(given.get("out", TrainSettings.out))
-    is_begun = any((out / name).exists() for name in CHECKPOINTS)
-    if given.get("resume") and (is_begun or not given.get("data")):
-        stored = TrainSettings(**newest_checkpoint(out)["train_settings"])
+    The others come from the run that is resumed, else from the preset, else from the defaults.
+    Raises DataError for an unknown preset, or for a change that a resumed run cannot take.
+    """
+    # A cluster repeats one command. The first time there is nothing to resume yet.
+    folder = Path(given.get("out", TrainSettings.out))
+    if given.get("resume") and ((folder / "last.pt").exists() or not given.get("data")):
+        base = TrainSettings(**newest_checkpoint(folder)["train_settings"])
         for name, value in given.items():
-            option, kept = name.replace("_", "-"), getattr(stored, name)
+            kept = getattr(base, name)
             if value != kept and name not in MAY_CHANGE:
-                raise data.DataError(f"--{option} {value!r}: the run was begun with {kept!r}; a resumed run keeps it")
-        return dataclasses.replace(stored, **{**given, "out": str(out)})
-    given["resume"] = False  # there is nothing yet to go on with: the same command begins a run and goes on with it
-    preset = given.get("preset", "" if given.get("data") or given.get("curve") else "street")
-    if preset and preset not in PRESETS:
-        raise data.DataError(f"--preset {preset!r}: choose one of {', '.join(PRESETS)}")
-    settings = dataclasses.replace(TrainSettings(), **{**PRESETS.get(preset, {}), **given, "preset": preset})
-    return dataclasses.replace(settings, device=settings.device or zeroflow.default_device())
-
-
-def run(settings: TrainSettings) -> dict[str, dict[str, float]]:
-    """Train, save, evaluate, print. Returns the rows of the printed table."""
-    check_settings(settings)
-    folder, is_first = Path(settings.out), rank_of()[0] == 0
-    say = print if is_first else lambda *_, **__: None  # of several processes the first one speaks
-    say(f"settings: {settings}")
-    if settings.preset == "scaling-law":
-        return scaling_law(settings, folder)
-    if settings.data:
-        samples, test_labels = open_samples(settings), None
-        # Other options are of what is learnt from: what has a truth has a map of its own, and poses.
-        whole = dataclasses.replace(TrainSettings(), pairs_per_log=0, sweeps_per_log=0)
-        test_set = zeroflow.open_and_tell(settings.val, whole) if settings.val else None
-        if test_set is not None and test_set[0].flow is None:
-            raise data.DataError(
-                f"--val {settings.val}: has no annotations to compare with; give another split, or none"
-            )
+                what = f"the run was begun with {kept!r}; a resumed run keeps it"
+                raise DataError(f"{_option(name)} {value!r}: {what}")
+        given = {**given, "out": str(folder)}  # the folder may have been moved
     else:
-        train_set, test_set, test_labels = prepare_street(settings)
-        samples = Samples([LabelledPairs(train_set, test_labels, keep=True)], settings.fraction)
-    validate = None
-    if settings.data and test_set is not None:
-        count = max(1, round(settings.val_share * len(test_set)))
-        share = Subset(test_set, [i * len(test_set) // count for i in range(count)])
-        validate = functools.partial(score, share, settings.max_broken)
-    model = train(samples, settings, folder, validate)
-    if model is None:
-        say(f"stopped by a signal; go on with: python train.py --resume true --out {folder}")
-        return {}
-    say(f"wrote {folder / 'last.pt'}")
-    if is_first:
-        draw_curve(folder)
-    if test_set is None or not is_first:
-        return {}
+        preset = given.get("preset", None if given.get("data") else "street")
+        if preset is not None and preset not in PRESETS:
+            raise DataError(f"--preset {preset!r}: choose one of {', '.join(PRESETS)}")
+        base = dataclasses.replace(TrainSettings(), **PRESETS.get(preset, {}))
+        given = {**given, "preset": preset, "resume": False}
+    settings = dataclasses.replace(base, **given)
+    device = default_device() if settings.device == "auto" else settings.device
+    return dataclasses.replace(settings, device=device)
 
-    estimators = {}
-    if not settings.data:  # the street is small enough for company
-        estimators["no motion"] = zeroflow.timed(zeroflow.no_motion)
-        estimators["nearest"] = zeroflow.timed(zeroflow.nearest_neighbour)
-        estimators["teacher"] = zeroflow.from_labels(zeroflow.open_labels(test_labels, test_set))
-    estimators["student"] = zeroflow.from_student(model.prepare_inference())
-    with zeroflow.one_thread():  # for every row of the table, so that times can be compared
-        share = settings.max_broken
-        rows = {name: zeroflow.evaluate(test_set, each, max_broken=share) for name, each in estimators.items()}
-        if "teacher" in rows:  # its labels were made by several processes at once: time it again, alone as the others
-            again = zeroflow.from_teacher(STREET_TEACHER)
-            rows["teacher"]["seconds_per_pair"] = statistics.median(
-                again(test_set[index]).seconds for index in range(3)
-            )
-    where = settings.val or "the street, of logs that the student never saw"
-    print(f"\n{len(test_set)} pairs of {where}; errors in metres, times of one CPU thread", end="")
-    print("" if settings.device == "cpu" else f", the student's of {settings.device}")
-    print(zeroflow.table(rows))
-    if "teacher" in rows:
-        ratio = rows["teacher"]["seconds_per_pair"] / rows["student"]["seconds_per_pair"]
-        print(f"the student is {ratio:.0f} times faster than its teacher")
-    if settings.picture:
-        draw(settings.picture, test_set, estimators)
-    return rows
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def check_settings(settings: TrainSettings) -> None:
     """Raise DataError for settings that cannot work, before any time is spent."""
-    for name, choices in (
-        ("model", fastflow3d.MODELS),
-        ("speed_weight", ("formula", "published", "none")),
-        ("dtype", DTYPES),
-    ):
-        if getattr(settings, name) not in choices:
-            raise data.DataError(
-                f"--{name.replace('_', '-')} {getattr(settings, name)!r}: choose one of {', '.join(choices)}"
-            )
-    roots = len(settings.data)
-    if not roots and (settings.supervised or settings.preset not in ("", "street", "scaling-law")):
-        raise data.DataError(f"--preset {settings.preset} --supervised {settings.supervised}: needs --data")
-    if roots and settings.preset in ("street", "scaling-law"):
-        raise data.DataError(f"--preset {settings.preset}: is of the street; leave --data out, or choose another")
-    if not roots and rank_of()[1] > 1:
-        raise data.DataError("the street is for one process; give --data, or leave torchrun out")
-    if settings.supervised and settings.labels:
-        raise data.DataError("--supervised learns from the true flow; leave --labels out")
-    if not settings.supervised and len(settings.labels) != roots:
-        raise data.DataError(
-            f"{roots} --data and {len(settings.labels)} --labels: give for each the folder `zeroflow.py label` wrote"
-        )
-    for name in ("sweeps_per_log", "pairs_per_log"):
-        if len(getattr(settings, name)) not in (1, roots):
-            count = len(getattr(settings, name))
-            raise data.DataError(f"{count} --{name.replace('_', '-')} for {roots} --data: give one, or one for each")
-    if settings.val and not settings.data:
-        raise data.DataError("--val needs --data; without it the street is trained and tested on")
-    if settings.picture and settings.data and not settings.val:
-        raise data.DataError("--picture shows a pair of --val, which is not given")
-    for name in ("epochs", "batch_size", "micro_batch", "checkpoint_every"):
-        if getattr(settings, name) < 1:
-            raise data.DataError(f"--{name.replace('_', '-')} {getattr(settings, name)}: must be positive")
-    if settings.workers < 0 or not settings.lr > 0:
-        raise data.DataError(f"--workers {settings.workers} --lr {settings.lr}: workers 0 or more, lr above 0")
-    if settings.steps < 0 or not 0 < settings.fraction <= 1:
-        raise data.DataError(
-            f"--steps {settings.steps} --fraction {settings.fraction}: steps 0 or more, 0 < fraction <= 1"
-        )
-    if settings.batch_size < rank_of()[1]:
-        raise data.DataError(f"--batch-size {settings.batch_size}: is less than the {rank_of()[1]} processes")
+    _check_sources(settings)
+    positive = ["epochs", "steps", "batch_size", "micro_batch", "lr", "clip_norm", "fraction"]
+    for name in [*positive, "checkpoint_every", "validate_every"]:
+        value = getattr(settings, name)
+        if value is not None and not value > 0:
+            raise DataError(f"{_option(name)} {value}: must be positive")
+    if settings.fraction > 1 or settings.workers < 0:
+        found = f"--fraction {settings.fraction} --workers {settings.workers}"
+        raise DataError(f"{found}: a fraction is at most 1, and workers are 0 or more")
+    world = rank_of()[1]
+    if settings.batch_size < world:
+        raise DataError(f"--batch-size {settings.batch_size}: is less than the {world} processes")
+    check_device(settings.device)
+
+    # A run never overwrites another one.
     folder = Path(settings.out)
     if folder.exists() and not folder.is_dir():
-        raise data.DataError(f"--out {folder}: is a file; give the name of a folder")
-    if not settings.resume and any((folder / name).exists() for name in CHECKPOINTS):
-        raise data.DataError(f"--out {folder}: holds a run; go on with it by --resume true, or choose another folder")
-    zeroflow.check_device(
-        torch.device(settings.device).type if settings.device.startswith("cuda:") else settings.device
-    )
+        raise DataError(f"--out {folder}: is a file; give the name of a folder")
+    if not settings.resume and (folder / "last.pt").exists():
+        remedy = "go on with it by --resume, or choose another folder"
+        raise DataError(f"--out {folder}: holds a run; {remedy}")
 
 
-# --- The street ------------------------------------------------------------------------------------------------------
+def _check_sources(settings: TrainSettings) -> None:
+    # Without data the demo runs, which makes a street of its own and labels it.
+    folders = len(settings.data)
+    if not folders:
+        for name in ("val", "supervised"):
+            if getattr(settings, name):
+                raise DataError(f"{_option(name)}: needs --data")
+        if rank_of()[1] > 1:
+            raise DataError("the street is for one process; give --data, or leave torchrun out")
+    if settings.preset is not None and (settings.preset == "street") == bool(folders):
+        remedy = "is for the street; leave --data out" if folders else "needs --data"
+        raise DataError(f"--preset {settings.preset}: {remedy}, or choose another preset")
+
+    # Each folder of data has labels, and may have counts, of its own.
+    if settings.supervised and settings.labels:
+        raise DataError("--supervised: learns from the true flow; leave --labels out")
+    if not settings.supervised and len(settings.labels) != folders:
+        found = f"{folders} folders of --data and {len(settings.labels)} of --labels"
+        raise DataError(f"{found}: give for each the folder that `zeroflow.py label` wrote")
+    for name in ("sweeps_per_log", "pairs_per_log"):
+        count = len(getattr(settings, name))
+        if count not in (1, folders):
+            remedy = f"for {folders} folders of --data: give one, or one for each"
+            raise DataError(f"{count} numbers of {_option(name)} {remedy}")
 
 
-def prepare_street(settings: TrainSettings) -> tuple[data.Pairs, data.Pairs, Path]:
-    """Training pairs, test pairs and the folder of labels of both; made where the cache folder lacks them."""
-    # The cache is as good as the code that filled it: a change of these files gives a new folder.
-    code = b"".join(Path(module.__file__).read_bytes() for module in (data, nsfp, synthetic, zeroflow))
-    what = (STREET, STREET_TEACHER, settings.train_logs, settings.test_logs, TRAIN_SEED, TEST_SEED)
-    name = hashlib.sha256(code + repr(what).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zeroflow" / f"street-{name}"
-    print(f"street and labels: {folder}")
-    labels, splits = folder / "labels", {}
-    for split, seed, logs in (("train", TRAIN_SEED, settings.train_logs), ("test", TEST_SEED, settings.test_logs)):
-        synthetic.write_logs(folder / split, logs, dataclasses.replace(STREET, seed=seed))
-        splits[split] = data.open_dataset(folder / split, true_flow=split == "test")
-        count = zeroflow.label_dataset(splits[split], labels, STREET_TEACHER)
-        if count.failed:
-            raise data.DataError(
-                f"{folder}: cannot be labelled ({count.failed[0][1]}); delete the folder and run again"
-            )
-    return splits["train"], splits["test"], labels
+def default_device() -> str:
+    """cuda if there is a GPU, else cpu."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-# --- The scaling law in small ----------------------------------------------------------------------------------------
+def check_device(device: str) -> None:
+    """Raise DataError unless the device is cpu, or there is a GPU and it is cuda or cuda:<n>."""
+    has_gpu = torch.cuda.is_available()
+    if device != "cpu" and not (has_gpu and device.partition(":")[0] == "cuda"):
+        choices = "cpu or cuda" if has_gpu else "cpu; there is no GPU here"
+        raise DataError(f"--device {device!r}: choose {choices}")
 
-# The student learns from pseudo-labels of ever more logs; its supervised twin has labels of the first 30 only.
-SCALING_LOGS = {"student": (3, 10, 30, 100), "supervised": (3, 10, 30)}
-SCALING_SEEDS = (0, 1, 2)
+
+def print_settings(settings: object) -> None:
+    """Print settings, a dataclass or a dict, one per line."""
+    values = settings if isinstance(settings, dict) else dataclasses.asdict(settings)
+    for name, value in values.items():
+        print(f"{name}: {value}")
 
 
-def scaling_law(settings: TrainSettings, folder: Path) -> dict[str, dict[str, float]]:
-    """Error on unseen logs against the number of logs learnt from: scaling_law_*.json, a table, and scaling_law.png.
+# --- A run ----------------------------------------------------------------------------------------
 
-    Every run has the same number of steps. Runs that are there already are not made again.
+
+def run(settings: TrainSettings) -> dict[str, dict[str, float]]:
+    """Train on --data, evaluate on --val, and print. Returns the rows of the printed table.
+
+    There are none without --val, after a signal, and in all processes but the first.
     """
-    import viz  # matplotlib is loaded only when a picture is asked for
+    check_settings(settings)
+    if rank_of()[0] == 0:
+        print_settings(settings)
+    samples, test_set, validate = open_samples(settings), None, None
+    if settings.val is not None:
+        # Options of the training data do not apply: annotated logs have a map and poses.
+        defaults = TrainSettings(pairs_per_log=None, sweeps_per_log=None)
+        test_set = open_and_report(settings.val, defaults)
+        if test_set[0].flow is None:
+            what = "has no annotations to compare with"
+            raise DataError(f"--val {settings.val}: {what}; give another split, or leave it out")
 
-    train_set, test_set, labels = prepare_street(settings)
-    recipe = dataclasses.asdict(dataclasses.replace(settings, out="", device="", workers=0, seed=0, resume=False))
-    file = folder / f"scaling_law_{_digest(sorted(recipe.items()))[:8]}.json"  # another recipe, another file
-    runs = json.loads(file.read_text()) if file.exists() else {}
-    teacher = zeroflow.evaluate(test_set, zeroflow.from_labels(zeroflow.open_labels(labels, test_set)))
-    baseline = zeroflow.evaluate(test_set, zeroflow.timed(zeroflow.no_motion))
-    runs |= {"teacher": teacher["grid_three_way"], "no motion": baseline["grid_three_way"]}
-    train_logs = list(train_set.stamps)
-    for (kind, amounts), seed in itertools.product(SCALING_LOGS.items(), SCALING_SEEDS):
-        for logs in (amount for amount in amounts if amount <= len(train_logs)):
-            name = f"{kind}, {logs} logs, seed {seed}"
-            if name in runs:
-                continue
-            print(name)
-            where = train_set._folders[train_logs[0]].parent
-            part = data.open_dataset(where, true_flow=kind == "supervised")
-            part.keys = [key for key in part.keys if key.log_id in train_logs[:logs]]
-            samples = Samples([LabelledPairs(part, None if kind == "supervised" else labels, keep=True)])
-            chosen = dataclasses.replace(settings, seed=seed, supervised=kind == "supervised")
-            model = train(samples, chosen)
-            if model is None:
-                print("stopped by a signal; the same command goes on")
-                return {}
-            student = zeroflow.from_student(model.prepare_inference())
-            runs[name] = zeroflow.evaluate(test_set, student)["grid_three_way"]
-            with zeroflow.atomic_file(file) as out:
-                out.write(json.dumps(runs, indent=2).encode())
-    points = {
-        kind: {
-            n: [runs[f"{kind}, {n} logs, seed {seed}"] for seed in SCALING_SEEDS]
-            for n in amounts
-            if n <= len(train_logs)
-        }
-        for kind, amounts in SCALING_LOGS.items()
-    }
-    print(f"\ngrid three-way (m) on {len(test_set)} pairs of unseen logs, seeds {SCALING_SEEDS}; ", end="")
-    print(f"no motion {runs['no motion']:.4f}, teacher {runs['teacher']:.4f}")
-    for kind, amounts in points.items():
-        for logs, values in amounts.items():
-            print(f"{kind:10} {logs:4} logs: {statistics.mean(values):.4f}  ({', '.join(f'{v:.4f}' for v in values)})")
-    viz.scaling_law_figure(points, runs["teacher"], runs["no motion"]).savefig(folder / "scaling_law.png", dpi=100)
-    print(f"wrote {folder / 'scaling_law.png'}")
-    return {}
+        # Evaluating all pairs takes hours, so only a few, evenly spread, tell how a run is going.
+        count = max(1, round(settings.val_share * len(test_set)))
+        some = Subset(test_set, data.evenly_spread(len(test_set), count))
+        validate = functools.partial(score, some, settings.max_broken)
+
+    model = train_in_folder(samples, settings, validate)
+    if model is None or test_set is None or rank_of()[0] > 0:
+        return {}
+
+    # With one thread, its time can be compared with the times of other methods.
+    grid = model.settings.half_extent_m
+    with zeroflow.one_thread():
+        student = zeroflow.from_student(model.prepare_inference())
+        found = zeroflow.evaluate(test_set, student, grid, max_broken=settings.max_broken)
+    print(f"\n{len(test_set)} pairs of {settings.val}; {units(settings.device)}")
+    print(zeroflow.table({"student": found.numbers}))
+    return {"student": found.numbers}
 
 
-# --- What is learnt from ---------------------------------------------------------------------------------------------
+def train_in_folder(
+    samples: Samples, settings: TrainSettings, validate: Validate | None = None
+) -> fastflow3d.FastFlow3D | None:
+    """`train` into --out, and print what came of it."""
+    folder = Path(settings.out)
+    model = train(samples, settings, folder, validate)
+    if rank_of()[0] == 0:
+        resume = f"stopped by a signal; go on with: python train.py --resume --out {folder}"
+        print(resume if model is None else f"wrote {folder / 'last.pt'}")
+    return model
+
+
+def units(device: str) -> str:
+    """The units of a printed table, whose student ran on this device."""
+    student = "" if device == "cpu" else f", the student's of {device}"
+    return f"errors in meters, times of one CPU thread{student}"
+
+
+def open_and_report(path: str, options, true_flow: bool = True) -> data.Pairs:
+    """Open a data set as `options` ask for: anything that has the attributes named here."""
+    names = ("ground", "pairs_per_log", "sweeps_per_log", "poses", "rate_hz")
+    chosen = {name: getattr(options, name) for name in names}
+    dataset = data.open_dataset(path, true_flow, **chosen)
+
+    # What was assumed about the data, and what does not form a pair.
+    for line in (*dataset.notes, *dataset.skipped):
+        print(line, file=sys.stderr)
+    return dataset
+
+
+def score(
+    pairs: Sequence[data.SweepPair], max_broken: float, model: fastflow3d.FastFlow3D
+) -> dict[str, float]:
+    """The numbers of a validation. The paper's three-way and the bucketed error may disagree."""
+    student = zeroflow.from_student(model.prepare_inference())
+    grid = model.settings.half_extent_m
+    numbers = zeroflow.evaluate(pairs, student, grid, max_broken=max_broken).numbers
+    names = ("paper_three_way", "bucketed_dynamic_mean", "grid_three_way")
+    return {name: numbers[name] for name in names}
+
+
+# --- Samples --------------------------------------------------------------------------------------
+
+
+class Sample(NamedTuple):
+    """One pair as the student sees it, without ground, and the flow that it should find."""
+
+    pc0: Tensor  # (N0, 3)
+    pc1: Tensor  # (N1, 3)
+    label: Tensor  # (N0, 3) residual flow
+    has_flow: Tensor  # (N0,) bool, the rows that count in the loss
+    weight: Tensor  # (N0,) how much each row counts, apart from its speed
+    broken: int = 0  # 1 if this pair takes the place of one that could not be read
 
 
 def open_samples(settings: TrainSettings) -> Samples:
-    """The labelled pairs of all --data."""
-    parts = []
+    """The labeled pairs of all folders of --data."""
+    grid, parts = fastflow3d.MODELS[settings.model].half_extent_m, []
     for i, path in enumerate(settings.data):
-        own = {name: getattr(settings, name) for name in ("sweeps_per_log", "pairs_per_log")}
-        own = {name: values[i if len(values) > 1 else 0] for name, values in own.items()}
-        dataset = zeroflow.open_and_tell(path, dataclasses.replace(settings, **own), true_flow=settings.supervised)
-        parts.append(LabelledPairs(dataset, None if settings.supervised else settings.labels[i]))
+        # One number holds for all folders; otherwise each folder has its own.
+        own = {}
+        for name in ("sweeps_per_log", "pairs_per_log"):
+            values = getattr(settings, name)
+            own[name] = values[i] if len(values) > 1 else values[0]
+        options = dataclasses.replace(settings, **own)
+        dataset = open_and_report(path, options, true_flow=settings.supervised)
+        folder = None if settings.supervised else settings.labels[i]
+        parts.append(LabeledPairs(dataset, folder, grid))
     return Samples(parts, settings.fraction)
 
 
-class LabelledPairs(Dataset):
-    """What the student learns from: (pc0, pc1, label, has_flow, weight) of every pair with a label, ground removed.
+class LabeledPairs(Dataset):
+    """The pairs of a data set that have a label, as `Sample`s; others are reported on stderr.
 
-    pc0 (N0, 3), pc1 (N1, 3), label (N0, 3) float32; has_flow (N0,) bool, the rows that count in the loss; weight (N0,).
-    labels: None takes the true flow, valid or not, where background weighs 0.1 and foreground 1 (FastFlow3D's loss).
-    keep: in memory, once read. Pairs without a label are counted on stderr.
+    folder: of labels. None takes the true flow in the grid of `half_extent_m`, and weighs
+    background 0.1 and foreground 1: FastFlow3D's loss. keep: hold what was read in memory.
     Raises DataError if there is no label at all.
     """
 
-    def __init__(self, dataset: data.Pairs, labels: str | Path | None, keep: bool = False):
-        self.dataset, self.labels = dataset, None if labels is None else zeroflow.open_labels(labels, dataset)
-        has_label = set(self.labels.keys if self.labels else dataset.keys)
-        self.indices = [index for index, key in enumerate(dataset.keys) if key in has_label]
-        self.kept = {} if keep else None
-        self.teacher = "true flow" if labels is None else "published"
-        if labels is not None and (Path(labels) / "settings.json").exists():
-            self.teacher = zeroflow.settings_hash(zeroflow.folder_settings(labels))
-        missing = [key for key in dataset.keys if key not in has_label]
+    def __init__(
+        self,
+        dataset: data.Pairs,
+        folder: str | Path | None,
+        half_extent_m: Sequence[float] = data.GRID_HALF_EXTENT_M,
+        keep: bool = False,
+    ):
+        self.dataset, self.half_extent_m = dataset, half_extent_m
+        self.keep, self.kept = keep, {}
+        self.label_folder = None if folder is None else labels.open_labels(folder, dataset)
+        labeled = set(dataset.pair_keys if folder is None else self.label_folder.pair_keys)
+        self.teacher = "true flow" if folder is None else self.label_folder.teacher
+        self.indices = [i for i, key in enumerate(dataset.pair_keys) if key in labeled]
+
+        # Labeling may have failed for some pairs, or may not be done yet. It goes on without them.
+        missing = [key for key in dataset.pair_keys if key not in labeled]
         if missing:
-            text = f"{labels}: {len(missing)} of {len(dataset)} pairs have no label and are left out"
-            print(f"{text}, {tuple(missing[0])} first", file=sys.stderr)
+            what = f"{len(missing)} of {len(dataset)} pairs have no label and are left out"
+            print(f"{folder}: {what}; the first is {tuple(missing[0])}", file=sys.stderr)
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, ...]:
-        if self.kept is None:
-            return self._read(index)
-        if index not in self.kept:
-            self.kept[index] = self._read(index)
-        return self.kept[index]
+    def __getitem__(self, index: int) -> Sample:
+        sample = self.kept.get(index) or self._read(index)
+        if self.keep:
+            self.kept[index] = sample
+        return sample
 
-    def _read(self, index: int) -> tuple[torch.Tensor, ...]:
+    def _read(self, index: int) -> Sample:
         pair = self.dataset[self.indices[index]]
-        if self.labels is not None:
-            label = self.labels.read(pair)
+        if self.label_folder is not None:
+            label = self.label_folder.read(pair)
             flow, has_flow, weight = label.flow, label.has_flow, torch.ones(len(pair.pc0))
-        elif pair.flow is None:
-            raise data.DataError(f"{tuple(pair.key)}: has no true flow to learn from; give a split with annotations")
+        elif pair.flow is not None:
+            flow, has_flow = pair.flow, data.input_masks(pair, self.half_extent_m)[0]
+            weight = torch.where(pair.category > 0, 1.0, 0.1)  # category 0 is background
         else:
-            flow, has_flow = pair.flow, zeroflow.input_masks(pair)[0]
-            weight = torch.where(pair.category > 0, 1.0, 0.1)
+            what = "has no true flow to learn from"
+            raise DataError(f"{tuple(pair.key)}: {what}; give a split with annotations")
+
+        # Ground is cut out here already, so that it need not travel to the device.
         keep = ~pair.is_ground0
-        return pair.pc0[keep], pair.pc1[~pair.is_ground1], flow[keep], has_flow[keep], weight[keep]
-
-
-STAND_INS = 100  # at most so many are tried for one that cannot be read
+        pc0, pc1 = pair.pc0[keep], pair.pc1[~pair.is_ground1]
+        return Sample(pc0, pc1, flow[keep], has_flow[keep], weight[keep])
 
 
 class Samples(Dataset):
-    """The samples of several `LabelledPairs`, or a share of them, each as (*sample, error).
+    """The samples of several `LabeledPairs`, or a share of them.
 
-    Which pairs belong to a share depends on their keys alone, so a smaller share is part of a larger one. Where a
-    sample cannot be read, the next that can stands in for it, and `error` says why; else it is "".
-    hash: of the list of pairs, and of what made their labels.
+    A pair that cannot be read is reported on stderr, and the next one takes its place. hash: of
+    the list of pairs and of what made their labels; it tells whether a resumed run has its data.
     """
 
-    def __init__(self, parts: Sequence[LabelledPairs], fraction: float = 1.0):
-        self.rows = [(part, i) for part in parts for i in range(len(part))]
-        digests = [_digest(part.dataset.keys[part.indices[i]]) for part, i in self.rows]
-        chosen = sorted(range(len(digests)), key=digests.__getitem__)[: max(1, round(fraction * len(digests)))]
-        self.rows = [self.rows[i] for i in sorted(chosen)]
-        self.hash = _digest([digests[i] for i in sorted(chosen)] + [part.teacher for part in parts])
+    def __init__(self, parts: Sequence[LabeledPairs], fraction: float = 1.0):
+        rows = [(part, i) for part in parts for i in range(len(part))]
+
+        # The pairs with the smallest digests are chosen. As a digest depends on nothing but the
+        # pair, a smaller share is part of a larger one, whatever the order of logs.
+        digests = [_digest(part.dataset.pair_keys[part.indices[i]]) for part, i in rows]
+        by_digest = sorted(range(len(rows)), key=digests.__getitem__)
+        chosen = sorted(by_digest[: max(1, round(fraction * len(rows)))])
+        self.rows = [rows[i] for i in chosen]
+
+        # Not sorted, since the order decides what each step shows.
+        self.hash = _digest([digests[i] for i in chosen] + [part.teacher for part in parts])
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> tuple:
+    def __getitem__(self, index: int) -> Sample:
+        # Single files may be torn. A hundred unreadable pairs in a row have another cause.
         errors = []
-        for other in range(index, index + min(len(self), STAND_INS)):
+        for other in range(index, index + min(len(self), 100)):
             part, i = self.rows[other % len(self)]
             try:
-                return *part[i], "; ".join(errors)
-            except (data.DataError, OSError) as error:
+                sample = part[i]
+            except (DataError, OSError) as error:
                 errors.append(str(error))
-        raise data.DataError(f"none of {len(errors)} pairs in a row can be read; the first: {errors[0]}")
+                continue
+            if errors:
+                print(f"replaced by another pair: {'; '.join(errors)}", file=sys.stderr)
+            return sample._replace(broken=int(bool(errors)))
+        what = f"none of {len(errors)} pairs in a row can be read"
+        raise DataError(f"{what}; the first: {errors[0]}")
 
 
 def _digest(value) -> str:
     return hashlib.sha256(repr(value).encode()).hexdigest()
 
 
-def batch_of(step: int, count: int, settings: TrainSettings) -> list[int]:
-    """Rows of the `count` samples for a step: an epoch shows each at most once, in an order of its own.
+# --- Batches --------------------------------------------------------------------------------------
 
-    It depends on the seed and the step alone: a resumed run, or one on more GPUs, sees what it would have seen. Fewer
-    than a batch are left over at the end of an epoch, other ones each time.
+
+class Batch(NamedTuple):
+    """A micro-batch on the device: the columns of `Sample`, with one entry per sample."""
+
+    pc0s: Sequence[Tensor]
+    pc1s: Sequence[Tensor]
+    labels: Sequence[Tensor]
+    has_flow: Sequence[Tensor]
+    weights: Sequence[Tensor]
+    broken: int  # samples that took the place of others
+
+
+def load(
+    samples: Sequence[Sample], settings: TrainSettings, first_step: int
+) -> Iterator[list[Batch]]:
+    """The micro-batches of this process, step by step, without end; `workers` read them ahead."""
+
+    def parts_of(step: int) -> list[list[int]]:
+        return micro_batches(step, len(samples), settings, *rank_of())
+
+    # Indices never end, so that workers read ahead across the borders of steps and epochs.
+    loader = DataLoader(
+        samples,
+        batch_sampler=itertools.chain.from_iterable(map(parts_of, itertools.count(first_step))),
+        num_workers=settings.workers,
+        collate_fn=join,
+        pin_memory=settings.device.startswith("cuda"),
+        worker_init_fn=_ignore_sigterm,
+    )
+    loaded = iter(loader)  # micro-batches
+    for step in itertools.count(first_step):
+        batches = []
+        for columns, lengths, broken in itertools.islice(loaded, len(parts_of(step))):
+            # A column goes to the device as a whole, and is cut into samples there.
+            columns = [column.to(settings.device, non_blocking=True) for column in columns]
+            lists = [column.split(rows) for column, rows in zip(columns, lengths, strict=True)]
+            batches.append(Batch(*lists, broken))
+        yield batches
+
+
+def join(samples: Sequence[Sample]) -> tuple[list[Tensor], list[list[int]], int]:
+    """One tensor per column of the samples, the rows that each sample has in it, and `broken`."""
+    # A worker needs a file handle for each tensor that it sends, and handles are scarce: five long
+    # tensors are better than five for each sample.
+    *columns, broken = zip(*samples, strict=True)
+    lengths = [[len(part) for part in column] for column in columns]
+    return [torch.cat(column) for column in columns], lengths, sum(broken)
+
+
+def _ignore_sigterm(_) -> None:
+    # Clusters send it to all processes of a job. A worker that died of it would take along the step
+    # that waits for its pairs.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def micro_batches(
+    step: int, count: int, settings: TrainSettings, rank: int = 0, world: int = 1
+) -> list[list[int]]:
+    """Indices of the samples in each part of a step's batch that belongs to process `rank`."""
+    # Parts are smaller than `micro_batch` only if some process would otherwise get none.
+    batch = batch_of(step, count, settings)
+    size = min(settings.micro_batch, len(batch) // world)
+    return [batch[start : start + size] for start in range(0, len(batch), size)][rank::world]
+
+
+def batch_of(step: int, count: int, settings: TrainSettings) -> list[int]:
+    """Indices of the samples, out of `count`, of a step's batch over all processes.
+
+    An epoch shows each sample at most once, in an order of its own. Fewer than a batch are left
+    over at its end, different ones each time.
     """
+    # The batch depends on the seed and the step alone, so a resumed run, or one on more GPUs, sees
+    # what it would have seen.
     size = min(settings.batch_size, count)
     epoch, place = divmod(step, steps_per_epoch(count, settings))
     return _order(settings.seed, epoch, count)[place * size : (place + 1) * size]
 
 
 def steps_per_epoch(count: int, settings: TrainSettings) -> int:
+    """How many batches `count` samples make."""
     return count // min(settings.batch_size, count)
 
 
@@ -485,233 +539,237 @@ def _order(seed: int, epoch: int, count: int) -> list[int]:
     return torch.randperm(count, generator=generator).tolist()
 
 
-def micro_batches(step: int, count: int, settings: TrainSettings, rank: int = 0, world: int = 1) -> list[list[int]]:
-    """A step's batch in pieces of `micro_batch`, smaller only so that every process has one; those of one process."""
-    batch = batch_of(step, count, settings)
-    size = min(settings.micro_batch, len(batch) // world)
-    return [batch[i : i + size] for i in range(0, len(batch), size)][rank::world]
+# --- Training -------------------------------------------------------------------------------------
 
-
-def load(samples, settings: TrainSettings, first_step: int, rank: int = 0, world: int = 1) -> Iterator[list]:
-    """Micro-batches on the device from a step on, without end: lists pc0s, pc1s, labels, has_flow, weights; errors."""
-    steps = itertools.count(first_step)
-    sampler = (part for step in steps for part in micro_batches(step, len(samples), settings, rank, world))
-    is_cuda = settings.device.startswith("cuda")
-    loader = DataLoader(
-        samples,
-        batch_sampler=sampler,
-        num_workers=settings.workers,
-        collate_fn=columns_of,
-        pin_memory=is_cuda,
-        worker_init_fn=outlive_sigterm,
-    )
-    for columns, counts, errors in loader:
-        columns = [column.to(settings.device, non_blocking=True) for column in columns]
-        yield [*(column.split(count) for column, count in zip(columns, counts, strict=True)), errors]
-
-
-def outlive_sigterm(_) -> None:
-    """Clusters send it to a whole group of processes; a worker that died of it would take the last step along."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def columns_of(rows: list[tuple]) -> tuple[list[torch.Tensor], list[list[int]], list[str]]:
-    """One tensor a column, since each costs a worker a file handle; how many rows each sample has of it; errors."""
-    *columns, errors = zip(*rows, strict=True)
-    return [torch.cat(c) for c in columns], [[len(x) for x in c] for c in columns], [e for e in errors if e]
-
-
-# --- Training --------------------------------------------------------------------------------------------------------
+Validate = Callable[[fastflow3d.FastFlow3D], dict]
 
 
 def train(
-    samples,
+    samples: Sequence[Sample],
     settings: TrainSettings,
     folder: Path | None = None,
-    validate: Callable[[fastflow3d.FastFlow3D], dict] | None = None,
+    validate: Validate | None = None,
 ) -> fastflow3d.FastFlow3D | None:
-    """Fit a student to samples, a sequence of (pc0, pc1, label, has_flow, weight, error). Checkpoints go to `folder`.
+    """Fit a student to samples. Returns it in training mode, or None if a signal stopped the run.
 
-    On one CPU, same seed, same student, however often it was stopped. None if a signal stopped it. Raises DataError
-    where too many samples cannot be read, or gradients stay without a finite value.
+    folder: for checkpoints and log; None writes nothing. validate: gives a validation's numbers.
+    Raises DataError if too many samples cannot be read, or if gradients stay without finite value.
     """
     rank, world = rank_of()
-    state = State(samples_hash=getattr(samples, "hash", ""))
-    agree_on(state.samples_hash)
-    if len(samples) < world:
-        raise data.DataError(f"{len(samples)} pairs for {world} processes; start fewer, or label more")
-    torch.manual_seed(settings.seed)
-    model = fastflow3d.FastFlow3D(fastflow3d.MODELS[settings.model])
-    model.to(settings.device, memory_format=torch.channels_last).train()  # how convolutions are fastest
-    optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr)
+    state = State(getattr(samples, "hash", ""))
+    check_same_pairs(len(samples), state.samples_hash)
+    model, optimizer = new_student(settings)
     if settings.resume:
         state = restore(folder, model, optimizer, state, settings)
     parallel = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
     per_epoch = steps_per_epoch(len(samples), settings)
     total = settings.steps or settings.epochs * per_epoch
-    writes = folder is not None and rank == 0
-    log = Log(folder if writes else None, state.step)
-    if writes and state.step == 0:
-        save_last(folder, model, optimizer, state, settings)
-    batches = load(samples, settings, state.step, rank, world)
+
+    # Only the first process writes. It does so before the first step, too: a run that is killed
+    # right away can be resumed, with its settings.
+    log = Log(folder if rank == 0 else None, state.step, settings)
+    save = functools.partial(log.save, model, optimizer, state, settings)
+    if state.step == 0:
+        save("last.pt")
+    steps = load(samples, settings, state.step)
     progress = tqdm(total=total, initial=state.step, desc="student", unit="step", disable=rank > 0)
     with stop_signals() as stopped:
         while state.step < total and not any_of(stopped, settings.device):
-            start, step = time.perf_counter(), state.step
-            before = [buffer.clone() for buffer in model.buffers()]  # running statistics: part of a step, or not
-            is_weighted = step < settings.weighted_share * total and not settings.supervised
-            weight = settings.speed_weight if is_weighted else "none"
-            mine = len(micro_batches(step, len(samples), settings, rank, world))
-            found = gradient(parallel, itertools.islice(batches, mine), mine, weight, settings, stopped)
-            if found is None:
-                put_back(model, before)
+            start = time.perf_counter()
+            batches, step = next(steps), state.step
+            result = one_step(parallel, optimizer, batches, step, total, settings, stopped)
+            if result is None:
                 break
-            loss, shown, errors = found
-            # Of the whole batch, whatever its parts; without clipping it tells whether all is finite.
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm or math.inf).item()
-            optimizer.param_groups[0]["lr"] = learning_rate(step, total, settings)
-            if math.isfinite(norm):
-                optimizer.step()
-            else:
-                put_back(model, before)
-            optimizer.zero_grad()
-            loss, shown, broken = summed(torch.stack([loss, *loss.new_tensor([shown, len(errors)])])).tolist()
-            state.count(math.isfinite(norm), int(shown), int(broken), errors, settings)
-            pairs_per_s = shown / (time.perf_counter() - start)
-            line = {"step": state.step, "loss": loss / shown, "lr": optimizer.param_groups[0]["lr"], "gradient": norm}
-            log.write({**line, "weight": weight, "pairs_per_s": pairs_per_s, **state.counts()})
-            progress.update()
-            if state.step % 50 == 0:
-                progress.set_postfix(loss=f"{log.recent_loss():.4f}", pairs_per_s=f"{pairs_per_s:.1f}", weight=weight)
+            state.count(result, settings)
+            log.write_step(result, state, time.perf_counter() - start, progress)
+
+            # The checkpoint comes before the validation, which may take longer than many steps.
             is_last = state.step == total
-            validates = validate is not None and (state.step % (settings.validate_every or per_epoch) == 0 or is_last)
-            if writes and (state.step % settings.checkpoint_every == 0 or validates or is_last):
-                save_last(folder, model, optimizer, state, settings)
-            if writes and validates:
+            is_due = is_last or state.step % (settings.validate_every or per_epoch) == 0
+            validates = validate is not None and is_due
+            if validates or is_last or state.step % settings.checkpoint_every == 0:
+                save("last.pt")
+            if validates and rank == 0:
                 numbers = validate(model)
                 log.write({"step": state.step, **numbers})
                 if numbers["paper_three_way"] < state.best:
                     state.best = numbers["paper_three_way"]
-                    save(folder / "best.pt", model, optimizer, state, settings)
-                    save_last(folder, model, optimizer, state, settings)
+                    save("best.pt")
+                    save("last.pt")  # which remembers how good the best one is
     if state.step == total and not stopped:
         return model
-    if writes and state.step < total:
-        save_last(folder, model, optimizer, state, settings)
+    save("last.pt")
     return None
 
 
-def gradient(
-    parallel, batches, count: int, weight: str, settings: TrainSettings, stopped: list[int]
-) -> tuple[torch.Tensor, int, list[str]] | None:
-    """Add up the gradient of this process's micro-batches: the sum over their samples of the mean over points.
+def new_student(settings: TrainSettings) -> tuple[fastflow3d.FastFlow3D, torch.optim.Optimizer]:
+    """A student in training mode, whose first weights depend on the seed, and its optimizer."""
+    torch.manual_seed(settings.seed)
+    model = fastflow3d.FastFlow3D(fastflow3d.MODELS[settings.model])
+    # Convolutions are fastest if the channels of a pixel are neighbors in memory.
+    model.to(settings.device, memory_format=torch.channels_last).train()
+    return model, torch.optim.Adam(model.parameters(), lr=settings.lr)
 
-    Returns the sum of losses, on the device (asking for its value waits for the device); how many samples; what could
-    not be read. None if a signal came; of several processes none may leave the others waiting, so they stop elsewhere.
+
+class StepResult(NamedTuple):
+    """What one step did, over all processes."""
+
+    loss: float  # meters, mean over samples
+    gradient: float  # its norm before clipping; not finite: the step was skipped
+    lr: float
+    weight: str  # speed weight
+    shown: int  # samples
+    broken: int  # samples that took the place of others
+
+
+def one_step(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[Batch],
+    step: int,
+    total: int,
+    settings: TrainSettings,
+    stopped: Sequence[int] = (),
+) -> StepResult | None:
+    """Step number `step`, from 0, of `total`, on the micro-batches of one batch.
+
+    Returns None, and leaves the model as it was, if a signal (in `stopped`) came before the last
+    micro-batch.
     """
-    _, world = rank_of()
-    autocast = torch.autocast(torch.device(settings.device).type, torch.bfloat16, settings.dtype == "bfloat16")
-    loss, shown, every_error = torch.zeros((), device=settings.device), 0, []
-    for part, (pc0s, pc1s, labels, has_flow, weights, errors) in enumerate(batches):
-        if world == 1 and stopped:
-            return None
-        with contextlib.nullcontext() if world == 1 or part == count - 1 else parallel.no_sync():
-            with autocast:
-                flows, is_in_grid = parallel(pc0s, pc1s)
-            masks = [known & inside for known, inside in zip(has_flow, is_in_grid, strict=True)]
-            part_loss = zeroflow.distillation_loss(flows, labels, masks, weight, weights)
-            (part_loss * world).backward()  # several processes average their gradients, and this is a sum
-        loss += part_loss.detach()
-        shown += len(pc0s)
-        every_error += errors
-    return None if world == 1 and stopped else (loss, shown, every_error)
+    # The true flow is not weighted by speed: its samples weigh background less instead.
+    is_weighted = step < settings.weighted_share * total and not settings.supervised
+    weight = settings.speed_weight if is_weighted else "none"
+
+    # Batch norm's running statistics change as soon as data passes through. If the step does not
+    # take place after all, they must not have changed either.
+    statistics_before = [buffer.clone() for buffer in model.buffers()]
+    sums = add_gradients(model, batches, weight, settings, stopped)
+    if sums is None:
+        put_back(model, statistics_before)
+        return None
+
+    # This norm is of the whole batch, however it was divided. It is finite only if every number of
+    # the gradient is.
+    longest = math.inf if settings.clip_norm is None else settings.clip_norm
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), longest).item()
+    lr = learning_rate(step, total, settings)
+    optimizer.param_groups[0]["lr"] = lr
+    if math.isfinite(norm):
+        optimizer.step()
+    else:
+        put_back(model, statistics_before)
+    optimizer.zero_grad()
+    loss, shown, broken = summed(sums).tolist()
+    return StepResult(loss / shown, norm, lr, weight, int(shown), int(broken))
 
 
-@dataclass
-class State:
-    """Where a run is: everything that a checkpoint holds beside the model, the optimiser and the settings."""
-
-    samples_hash: str = ""  # of the list of pairs that it learns from
-    step: int = 0  # steps done
-    skipped: int = 0  # of them those whose gradient was not finite, ...
-    skipped_in_a_row: int = 0  # ... and how many of these are the last ones
-    shown: int = 0  # samples
-    broken: int = 0  # of them those that another one stood in for
-    best: float = math.inf  # lowest paper_three_way at a validation
-
-    def count(self, is_finite: bool, shown: int, broken: int, errors: list[str], settings: TrainSettings) -> None:
-        """A step is done. Raises DataError where this must not go on."""
-        self.step += 1
-        self.shown += shown
-        self.broken += broken
-        for error in errors:
-            print(f"replaced by another: {error}", file=sys.stderr)
-        if broken and self.broken > settings.max_broken * max(100, self.shown):
-            raise data.DataError(
-                f"{self.broken} of {self.shown} pairs could not be read, more than --max-broken {settings.max_broken}; "
-                "mend the data (python zeroflow.py check says where), or allow more"
-            )
-        self.skipped += not is_finite
-        self.skipped_in_a_row = 0 if is_finite else self.skipped_in_a_row + 1
-        if self.skipped_in_a_row == 10:
-            raise data.DataError(
-                f"step {self.step}: the gradient was not finite ten times in a row; go on by --resume true with a "
-                "lower --lr, a --clip-norm, or --dtype float32"
-            )
-
-    def counts(self) -> dict[str, int]:
-        return {"skipped": self.skipped, "broken": self.broken}
-
-
-def put_back(model: torch.nn.Module, buffers: list[torch.Tensor]) -> None:
-    """Undo what an unfinished step did to the running statistics."""
+def put_back(model: torch.nn.Module, buffers: Sequence[Tensor]) -> None:
+    """Give a model's buffers, such as running statistics, their earlier values."""
     for buffer, value in zip(model.buffers(), buffers, strict=True):
         buffer.copy_(value)
 
 
+def add_gradients(
+    model: torch.nn.Module,
+    batches: Sequence[Batch],
+    weight: str,
+    settings: TrainSettings,
+    stopped: Sequence[int],
+) -> Tensor | None:
+    """Add up the gradients of a step's micro-batches, as if they were one batch.
+
+    Returns (3,): the sum of the losses, and how many samples and broken ones there were. None if a
+    signal came.
+    """
+    world, device = rank_of()[1], torch.device(settings.device)
+    is_bfloat16 = settings.dtype == "bfloat16"
+    sums = torch.zeros(3, device=device)  # on a GPU, asking for a value would wait for it
+    for part, batch in enumerate(batches, start=1):
+        # A step may take minutes on a CPU, longer than clusters wait. Several processes stop
+        # between steps instead, together, since none may leave the others waiting.
+        if stopped and world == 1:
+            return None
+
+        # Processes exchange their gradients during a backward pass; in the last one is enough.
+        is_last = part == len(batches)
+        exchange = contextlib.nullcontext() if world == 1 or is_last else model.no_sync()
+        with exchange:
+            with torch.autocast(device.type, torch.bfloat16, enabled=is_bfloat16):
+                flows, is_in_grid = model(batch.pc0s, batch.pc1s)
+            masks = [has & inside for has, inside in zip(batch.has_flow, is_in_grid, strict=True)]
+            loss = zeroflow.distillation_loss(flows, batch.labels, masks, weight, batch.weights)
+            # The exchange takes the mean over processes, but the loss is a sum over samples.
+            (loss * world).backward()
+        sums += torch.stack([loss.detach(), *loss.new_tensor([len(batch.pc0s), batch.broken])])
+    return sums
+
+
 def learning_rate(step: int, total: int, settings: TrainSettings) -> float:
-    """Of step 0, 1, ...; with `cosine` 5 % of the steps linearly up, and a cosine over all of them down to 0."""
+    """Of step 0, 1, ... With `cosine`: a linear rise for 5 % of the steps, and a fall to 0."""
     if not settings.cosine:
         return settings.lr
-    return settings.lr * min(1.0, (step + 1) / (0.05 * total)) * 0.5 * (1 + math.cos(math.pi * step / total))
+    rise = min(1.0, (step + 1) / (0.05 * total))
+    return settings.lr * rise * 0.5 * (1 + math.cos(math.pi * step / total))
 
 
-def score(pairs: Sequence[data.SweepPair], max_broken: float, model: fastflow3d.FastFlow3D) -> dict[str, float]:
-    """The numbers of a validation: the paper's three-way, and the bucket-normalised one, which may disagree."""
-    numbers = zeroflow.evaluate(pairs, zeroflow.from_student(model.prepare_inference()), max_broken=max_broken)
-    return {name: numbers[name] for name in ("paper_three_way", "bucketed_dynamic_mean", "grid_three_way")}
+@dataclass
+class State:
+    """How far a run is: what a checkpoint holds beside model, optimizer and settings."""
+
+    samples_hash: str = ""  # of the list of pairs that it learns from
+    step: int = 0  # steps done
+    skipped: int = 0  # steps that were skipped, because their gradient was not finite
+    skipped_in_a_row: int = 0  # how many of the most recent steps
+    shown: int = 0  # samples
+    broken: int = 0  # samples that took the place of unreadable ones
+    best: float = math.inf  # lowest paper_three_way of a validation
+
+    def count(self, result: StepResult, settings: TrainSettings) -> None:
+        """Count a step that was done. Raises DataError if the run must not go on."""
+        self.step += 1
+        self.shown += result.shown
+        self.broken += result.broken
+        # At the start of a run, one pair is a large share: count at least a hundred.
+        if result.broken and self.broken > settings.max_broken * max(100, self.shown):
+            what = f"{self.broken} of {self.shown} pairs could not be read"
+            limit = f"more than --max-broken {settings.max_broken}"
+            remedy = "mend the data (see `python zeroflow.py check`), or allow more"
+            raise DataError(f"{what}, {limit}; {remedy}")
+
+        # A step is skipped now and then, most of all with bfloat16. Ten in a row mean divergence.
+        is_finite = math.isfinite(result.gradient)
+        self.skipped += not is_finite
+        self.skipped_in_a_row = 0 if is_finite else self.skipped_in_a_row + 1
+        if self.skipped_in_a_row == 10:
+            what = f"step {self.step}: the gradient was not finite ten times in a row"
+            remedy = "go on by --resume with a lower --lr, a --clip-norm, or --dtype float32"
+            raise DataError(f"{what}; {remedy}")
 
 
-# --- Several processes -----------------------------------------------------------------------------------------------
+# --- Several processes ----------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def processes(settings: TrainSettings) -> Iterator[TrainSettings]:
-    """Under torchrun, one process of several, each with a GPU of its own; torchrun ends the others where one dies."""
+    """Under torchrun, join the other processes. Gives the settings, with this process's own GPU."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield settings
         return
+
+    # torchrun numbers the processes of a machine, and each takes the GPU of its number.
     is_cuda = settings.device.startswith("cuda")
     if is_cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        settings = dataclasses.replace(settings, device=f"cuda:{os.environ['LOCAL_RANK']}")
-    # The others wait while the first one validates.
-    dist.init_process_group("nccl" if is_cuda else "gloo", timeout=datetime.timedelta(hours=2))
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+        settings = dataclasses.replace(settings, device=device)
+
+    # The others wait while the first process validates. If one dies, torchrun ends them all.
+    timeout = datetime.timedelta(hours=2)
+    dist.init_process_group("nccl" if is_cuda else "gloo", timeout=timeout)
     try:
         yield settings
     finally:
         dist.destroy_process_group()
-
-
-def agree_on(text: str) -> None:
-    """Raise DataError in all processes unless they have the same: labels may still be coming in."""
-    if dist.is_initialized():
-        texts = [None] * dist.get_world_size()
-        dist.all_gather_object(texts, text)
-        if len(set(texts)) > 1:
-            raise data.DataError(
-                "the processes see different pairs; is labelling still going on? Start when it is done"
-            )
 
 
 def rank_of() -> tuple[int, int]:
@@ -719,25 +777,39 @@ def rank_of() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def summed(value: torch.Tensor) -> torch.Tensor:
-    """Over all processes."""
+def check_same_pairs(count: int, samples_hash: str) -> None:
+    """Raise DataError, in all processes, unless they see the same pairs, and enough of them."""
+    world = rank_of()[1]
+    if world > 1:
+        hashes = [None] * world
+        dist.all_gather_object(hashes, samples_hash)
+        if len(set(hashes)) > 1:
+            what = "the processes see different pairs"
+            raise DataError(f"{what}; is labeling still going on? Start when it is done")
+    if count < world:
+        raise DataError(f"{count} pairs for {world} processes; start fewer, or label more")
+
+
+def summed(value: Tensor) -> Tensor:
+    """The sum over all processes."""
     if dist.is_initialized():
         dist.all_reduce(value)
     return value
 
 
-def any_of(stopped: list, device: str) -> bool:
-    """Has any process been told to stop? All of them learn it at the same step."""
-    return bool(summed(torch.tensor(float(len(stopped)), device=device))) if dist.is_initialized() else bool(stopped)
+def any_of(stopped: Sequence[int], device: str) -> bool:
+    """Whether any process was told to stop. All of them learn it before the same step."""
+    return bool(summed(torch.tensor(float(len(stopped)), device=device)))
 
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """A list that SIGTERM and Ctrl-C put themselves into, to be looked at where it is safe to stop."""
+    """A list that SIGTERM and Ctrl-C are added to, to be looked at where it is safe to stop."""
+    # The handler only takes a note: a run that ended anywhere would lose the steps since last.pt.
     caught: list[int] = []
-    before = {
-        number: signal.signal(number, lambda n, _: caught.append(n)) for number in (signal.SIGTERM, signal.SIGINT)
-    }
+    before = {}
+    for number in (signal.SIGTERM, signal.SIGINT):
+        before[number] = signal.signal(number, lambda received, _: caught.append(received))
     try:
         yield caught
     finally:
@@ -745,122 +817,107 @@ def stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-# --- The run's folder ------------------------------------------------------------------------------------------------
-
-CHECKPOINTS = (".new.pt", "last.pt", "previous.pt")  # newest first; each is whole, or not there
-
-
-def save_last(folder: Path, model, optimizer, state: State, settings: TrainSettings) -> None:
-    """last.pt becomes previous.pt, and the new one last.pt; whenever the power fails, one of the three is whole."""
-    new = folder / ".new.pt"
-    save(new, model, optimizer, state, settings)
-    if (folder / "last.pt").exists():
-        os.replace(folder / "last.pt", folder / "previous.pt")
-    os.replace(new, folder / "last.pt")
-
-
-def save(file: Path, model, optimizer, state: State, settings: TrainSettings) -> None:
-    checkpoint = {
-        **fastflow3d.checkpoint_of(model),
-        "optimizer": optimizer.state_dict(),
-        "state": dataclasses.asdict(state),
-        "train_settings": dataclasses.asdict(settings),
-    }
-    with zeroflow.atomic_file(file) as out:
-        torch.save(checkpoint, out)
-
-
-def newest_checkpoint(folder: Path) -> dict:
-    """The newest whole checkpoint of a run. One that is torn is named on stderr. Loads data, never code."""
-    torn = []
-    for name in CHECKPOINTS:
-        if (folder / name).exists():
-            try:
-                checkpoint = torch.load(folder / name, map_location="cpu", weights_only=True)
-                if {"model", "optimizer", "state", "train_settings"} <= set(checkpoint):
-                    return checkpoint
-                torn.append(f"{folder / name}: is no checkpoint of a run")
-            except Exception as error:  # whatever a torn file makes torch raise
-                torn.append(f"{folder / name}: is torn ({str(error)[:100]})")
-            print(f"{torn[-1]}; taking the one before", file=sys.stderr)
-    more = f"; {torn[0]}" if torn else "; to begin a run, give its --data"
-    raise data.DataError(f"--resume: {folder} holds no whole checkpoint{more}")
-
-
-def restore(folder: Path, model, optimizer, state: State, settings: TrainSettings) -> State:
-    """Model, optimiser and state as the newest checkpoint has them. Raises DataError if it learns from other pairs."""
-    checkpoint = newest_checkpoint(folder)
-    stored = State(**checkpoint["state"])
-    if stored.samples_hash != state.samples_hash:
-        raise data.DataError(
-            f"{folder}: its run learns from other pairs than are there now; restore the data and labels"
-        )
-    model.load_state_dict(checkpoint["model"])
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    before = checkpoint["train_settings"]
-    if (before["val"], before["val_share"]) != (settings.val, settings.val_share):
-        stored.best = math.inf  # it was of other pairs
-    return stored
+# --- The run's folder -----------------------------------------------------------------------------
 
 
 class Log:
-    """log.jsonl: a line a step, and one a validation. What a resumed run does again is cut off first."""
+    """Writes the files of a run's folder; with None for a folder, it writes nothing."""
 
-    def __init__(self, folder: Path | None, step: int):
-        self.losses, self.file = collections.deque(maxlen=50), None
-        if folder:
-            folder.mkdir(parents=True, exist_ok=True)
-            for left_over in folder.glob(".*.tmp"):  # of a checkpoint that was being written
-                left_over.unlink()
-            lines = [line for line in read_log(folder) if line["step"] <= step]
-            with zeroflow.atomic_file(folder / "log.jsonl") as file:
-                file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
-            self.file = open(folder / "log.jsonl", "a")
+    def __init__(self, folder: Path | None, step: int, settings: TrainSettings):
+        self.folder, self.file = folder, None
+        if folder is None:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        for unfinished in folder.glob(".*.tmp"):  # of a process that was killed
+            unfinished.unlink()
+        with data.atomic_file(folder / "settings.json") as file:
+            file.write(json.dumps(dataclasses.asdict(settings), indent=2).encode())
+
+        # Steps since the last checkpoint are done again, so their lines are cut off.
+        lines = [json.dumps(line) + "\n" for line in read_log(folder) if line["step"] <= step]
+        with data.atomic_file(folder / "log.jsonl") as file:
+            file.write("".join(lines).encode())
+        self.file = open(folder / "log.jsonl", "a")
 
     def write(self, line: dict) -> None:
-        if "loss" in line:
-            self.losses.append(line["loss"])
-        if self.file:
+        """Add a line to log.jsonl, which can be read while the run goes on."""
+        if self.file is not None:
             self.file.write(json.dumps(line) + "\n")
             self.file.flush()
 
-    def recent_loss(self) -> float:
-        return statistics.mean(self.losses)
+    def write_step(self, result: StepResult, state: State, seconds: float, progress: tqdm) -> None:
+        """Log a step, and show it in the progress bar."""
+        rate = result.shown / seconds
+        counts = {"step": state.step, "skipped": state.skipped, "broken": state.broken}
+        self.write({**result._asdict(), **counts, "pairs_per_s": rate})
+        progress.update()
+        progress.set_postfix(loss=f"{result.loss:.4f}", weight=result.weight, refresh=False)
+
+    def save(self, model, optimizer, state: State, settings: TrainSettings, name: str) -> None:
+        """Write a checkpoint. If the power fails, either the old file or the new one is whole."""
+        if self.folder is None:
+            return
+        checkpoint = {
+            **fastflow3d.checkpoint_of(model),
+            "optimizer": optimizer.state_dict(),
+            "state": dataclasses.asdict(state),
+            "train_settings": dataclasses.asdict(settings),
+        }
+        with data.atomic_file(self.folder / name) as file:
+            torch.save(checkpoint, file)
 
 
 def read_log(folder: Path) -> list[dict]:
-    """The lines of a run's log; its last one may be torn."""
-    lines = []
-    if (folder / "log.jsonl").exists():
-        for text in (folder / "log.jsonl").read_text().splitlines():
-            with contextlib.suppress(ValueError):
-                lines.append(json.loads(text))
+    """The lines of a run's log.jsonl, without the last one if it is torn."""
+    file, lines = folder / "log.jsonl", []
+    for text in file.read_text().splitlines() if file.exists() else ():
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(text))
     return lines
 
 
-# --- Pictures --------------------------------------------------------------------------------------------------------
+def newest_checkpoint(folder: Path) -> dict:
+    """The last.pt of a run. Loads data, never code. Raises DataError if it is missing or torn."""
+    file = folder / "last.pt"
+    if not file.exists():
+        raise DataError(f"--resume: {folder} holds no last.pt; to begin a run, give its --data")
+    try:
+        # With weights_only, a file from elsewhere cannot run code.
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        missing = {"model", "optimizer", "state", "train_settings"} - set(checkpoint)
+        if missing:
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        TrainSettings(**checkpoint["train_settings"])  # of an older version, it may differ
+    except Exception as error:  # a torn file makes torch raise all kinds
+        what = f"is torn, or not the checkpoint of a run ({str(error)[:100]})"
+        remedy = f"to go on from an older one, copy {folder / 'best.pt'} over it"
+        raise DataError(f"{file}: {what}; {remedy}") from error
+    return checkpoint
 
 
-def draw_curve(folder: Path) -> None:
-    """Loss and validation of a run, as curve.png beside its log."""
-    import viz  # matplotlib is loaded only when a picture is asked for
+def restore(folder: Path, model, optimizer, state: State, settings: TrainSettings) -> State:
+    """Load model and optimizer from last.pt, and return its state.
 
-    lines = read_log(folder)
-    if not lines:
-        raise data.DataError(f"{folder}: has no log.jsonl of a run; give the --out of one")
-    viz.learning_curve_figure(lines).savefig(folder / "curve.png", dpi=120)
-    print(f"wrote {folder / 'curve.png'}")
+    Raises DataError if the run has learned from other pairs than the given `state` names.
+    """
+    checkpoint = newest_checkpoint(folder)
+    stored = State(**checkpoint["state"])
 
+    # With other pairs, the same step would show something else: it would not be the same run.
+    if stored.samples_hash != state.samples_hash:
+        what = "its run learns from other pairs than are there now"
+        raise DataError(f"{folder}: {what}; restore the data and the labels")
+    model.load_state_dict(checkpoint["model"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
 
-def draw(file: str, dataset: data.Pairs, estimators: dict[str, zeroflow.Estimator]) -> None:
-    """A picture of the first pair: both sweeps, the truth, and what teacher and student make of it."""
-    import viz  # matplotlib is loaded only when a picture is asked for
-
-    pair = dataset[0]
-    flows = {name: estimators[name](pair)[0] for name in ("teacher", "student") if name in estimators}
-    viz.flow_figure(pair, {"truth": pair.flow, **flows}).savefig(file, dpi=80)
-    print(f"wrote {file}")
+    # The best error so far cannot be compared with errors on other pairs.
+    before = checkpoint["train_settings"]
+    if (before["val"], before["val_share"]) != (settings.val, settings.val_share):
+        stored.best = math.inf
+    return stored
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    import commands
+
+    sys.exit(commands.train_main())

@@ -1,12 +1,14 @@
-"""Data that several tests share: a small street made once, and a real Argoverse 2 pair where one is at hand."""
+"""Data that tests share: a small street made once, and a real Argoverse 2 pair if there is one."""
 
 import os
 from pathlib import Path
 
 import pytest
 import torch
+from plain_student import seeded_model
 
 import data
+import fastflow3d
 import synthetic
 
 SMALL = synthetic.StreetSettings(azimuths=190, beam_step=4, range_m=25.6, sweeps=3)
@@ -14,7 +16,10 @@ SMALL = synthetic.StreetSettings(azimuths=190, beam_step=4, range_m=25.6, sweeps
 
 @pytest.fixture(scope="session")
 def street_folder(tmp_path_factory) -> Path:
-    """Two logs of three sweeps, about 1,500 points each that are not ground. Read only: copy before you break it."""
+    """Two logs of three sweeps, each with about 1,500 points that are not ground.
+
+    Read only: copy it before you break it.
+    """
     folder = tmp_path_factory.mktemp("street")
     synthetic.write_logs(folder, 2, SMALL)
     return folder
@@ -27,15 +32,29 @@ def street(street_folder) -> data.Argoverse2Pairs:
 
 @pytest.fixture(scope="session")
 def av2_folder() -> Path:
-    """A real split that holds two sweeps of log 7fab2350-7eaf-3b7e-a39d-6937a4c1bede, named by AV2_SAMPLE."""
+    """AV2_SAMPLE: a real split with two sweeps of log 7fab2350-7eaf-3b7e-a39d-6937a4c1bede."""
     if "AV2_SAMPLE" not in os.environ:
-        pytest.skip("needs real Argoverse 2 sweeps: set AV2_SAMPLE to the split that holds log 7fab2350")
+        pytest.skip(
+            "needs real Argoverse 2 sweeps: set AV2_SAMPLE to the split that holds log 7fab2350"
+        )
     return Path(os.environ["AV2_SAMPLE"])
 
 
 @pytest.fixture(scope="session")
 def av2_pair(av2_folder) -> data.SweepPair:
     return data.open_dataset(av2_folder)[0]
+
+
+@pytest.fixture(scope="session")
+def student_file(tmp_path_factory, street):
+    """A checkpoint of random weights whose flow of the small street's first pair is decimetres."""
+    pair = street[0]
+    model = seeded_model(
+        fastflow3d.MODELS["narrow"], pair.pc0[~pair.is_ground0], pair.pc1[~pair.is_ground1]
+    )
+    file = tmp_path_factory.mktemp("student") / "student.pt"
+    torch.save(fastflow3d.checkpoint_of(model), file)
+    return file
 
 
 def a_pair(points, flow=None, category=None, is_dynamic=None, is_valid=None) -> data.SweepPair:
@@ -52,7 +71,9 @@ def a_pair(points, flow=None, category=None, is_dynamic=None, is_valid=None) -> 
         timestamp0_ns=0,
         timestamp1_ns=1,
         flow=torch.zeros(n, 3) if flow is None else torch.as_tensor(flow, dtype=torch.float32),
-        category=torch.zeros(n, dtype=torch.uint8) if category is None else torch.tensor(category, dtype=torch.uint8),
+        category=torch.zeros(n, dtype=torch.uint8)
+        if category is None
+        else torch.tensor(category, dtype=torch.uint8),
         is_dynamic=no if is_dynamic is None else torch.tensor(is_dynamic),
         is_valid=~no if is_valid is None else torch.tensor(is_valid),
     )

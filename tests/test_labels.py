@@ -1,4 +1,4 @@
-"""The label store, and the labelling of many pairs: what is missing is made, and no fault spoils a label."""
+"""Labels on disk, and labeling many pairs: what is missing is made, and no fault spoils a label."""
 
 import dataclasses
 import json
@@ -17,62 +17,76 @@ import pytest
 import torch
 from pyarrow import feather
 
+import commands
 import data
 import fastflow3d
+import labels
 import nsfp
 import zeroflow
 
 ROOT = Path(zeroflow.__file__).parent
 QUICK = dataclasses.replace(
-    nsfp.TEACHERS["fast"], priors=1, hidden_channels=8, batch_points=64, iterations=3, refine=""
+    nsfp.TEACHERS["fast"], priors=1, hidden_channels=8, batch_points=64, iterations=3, refine="none"
 )
-QUICK_OPTIONS = "--priors 1 --hidden-channels 8 --batch-points 64 --iterations 3 --workers 1 --refine".split() + [""]
+QUICK_OPTIONS = (
+    "--priors 1 --hidden-channels 8 --batch-points 64 --iterations 3 --workers 1 --refine none"
+).split()
+QUICK_SETTINGS = zeroflow.label_settings(QUICK)  # what a label stores
 
 
 def a_label(n: int = 50) -> zeroflow.Label:
     generator = torch.Generator().manual_seed(n)
     has_flow = torch.rand(n, generator=generator) < 0.7
     flow = torch.randn(n, 3, generator=generator) * has_flow[:, None]
-    return zeroflow.Label(data.PairKey("log", 1, 2), flow, has_flow, dataclasses.asdict(QUICK), loss=0.25, seconds=1.5)
+    return zeroflow.Label(
+        data.PairKey("log", 1, 2), flow, has_flow, QUICK_SETTINGS, loss=0.25, seconds=1.5
+    )
 
 
 def a_made_label(pair: data.SweepPair, settings: nsfp.NSFPSettings = QUICK) -> zeroflow.Label:
     return zeroflow.make_labels([pair], settings)[0]
 
 
-def tables(labels: Path, dataset) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def tables(folder: Path, dataset) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """What must be equal between two runs: the rows. Seconds, in the metadata, may differ."""
-    found = [zeroflow.read_label(labels, key) for key in dataset.keys]
+    found = [labels.read_label(folder, key) for key in dataset.pair_keys]
     return [(label.flow, label.has_flow) for label in found]
 
 
-def assert_same_tables(labels: Path, expected: Path, dataset) -> None:
-    for one, two in zip(tables(labels, dataset), tables(expected, dataset), strict=True):
+def assert_same_tables(folder: Path, expected: Path, dataset) -> None:
+    for one, two in zip(tables(folder, dataset), tables(expected, dataset), strict=True):
         assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, street) -> Path:
     """The labels of the street by a run that nothing disturbed. Read only."""
-    labels = tmp_path_factory.mktemp("labels")
-    zeroflow.label_dataset(street, labels, QUICK, workers=1)
-    return labels
+    folder = tmp_path_factory.mktemp("labels")
+    labels.label_dataset(street, folder, QUICK, workers=1)
+    return folder
 
 
-# --- The label store -------------------------------------------------------------------------------------------------
+# --- One label ------------------------------------------------------------------------------------
 
 
-def test_a_label_comes_back_by_its_name_to_half_a_millimetre(tmp_path):
+def test_a_label_comes_back_by_its_name_to_half_a_millimeter(tmp_path):
     label = a_label()
-    path = zeroflow.write_label(tmp_path, label)
+    path = labels.write_label(tmp_path, label)
     assert path == tmp_path / "log" / "1.feather"
-    assert [file.name for file in path.parent.iterdir()] == ["1.feather"]  # no temporary file is left
-    found = zeroflow.read_label(tmp_path, label.key, num_points=50)
+    assert [file.name for file in path.parent.iterdir()] == [
+        "1.feather"
+    ]  # no temporary file is left
+    found = labels.read_label(tmp_path, label.key, num_points=50)
     assert torch.equal(found.has_flow, label.has_flow)
     is_slow = label.flow.abs() < 2
     assert (found.flow - label.flow)[is_slow].abs().max() <= 0.0005
     assert (found.settings, found.loss, found.seconds) == (label.settings, 0.25, 1.5)
-    assert feather.read_table(path).schema.names == ["flow_tx_m", "flow_ty_m", "flow_tz_m", "has_flow"]
+    assert feather.read_table(path).schema.names == [
+        "flow_tx_m",
+        "flow_ty_m",
+        "flow_tz_m",
+        "has_flow",
+    ]
 
 
 def _cut(path):
@@ -98,38 +112,48 @@ def _foreign(path):
     ("break_it", "message"),
     [
         (_cut, "1.feather: not a whole Feather file"),
-        (_fewer_rows, "1.feather: its rows or settings are not those it was written with; delete the file"),
-        (_other_settings, "1.feather: its rows or settings are not those it was written with; delete the file"),
+        (
+            _fewer_rows,
+            "1.feather: its rows or settings are not those it was written with; delete the file",
+        ),
+        (
+            _other_settings,
+            "1.feather: its rows or settings are not those it was written with; delete the file",
+        ),
         (_foreign, "1.feather: not a label of this project .* delete the file"),
-        (lambda path: path.unlink(), "1.feather: no label for this pair; make it with"),
+        (lambda path: path.unlink(), "1.feather: does not exist; make it with"),
     ],
 )
 def test_a_label_that_is_not_whole_is_named_with_the_way_out(tmp_path, break_it, message):
     label = a_label()
-    break_it(zeroflow.write_label(tmp_path, label))
+    break_it(labels.write_label(tmp_path, label))
     with pytest.raises(data.DataError, match=message):
-        zeroflow.read_label(tmp_path, label.key)
+        labels.read_label(tmp_path, label.key)
 
 
 def test_the_label_of_another_pair_is_refused(tmp_path):
-    path = zeroflow.write_label(tmp_path, a_label())
+    path = labels.write_label(tmp_path, a_label())
     shutil.copy(path, path.with_name("7.feather"))
-    with pytest.raises(data.DataError, match=r"7.feather: is the label of \('log', 1, 2\), not of \('log', 7, 8\)"):
-        zeroflow.read_label(tmp_path, data.PairKey("log", 7, 8))
-    with pytest.raises(data.DataError, match=r"1.feather: is the label of \('log', 1, 2\), not of \('log', 1, 3\)"):
-        zeroflow.read_label(tmp_path, data.PairKey("log", 1, 3))
+    with pytest.raises(
+        data.DataError, match=r"7.feather: is the label of \('log', 1, 2\), not of \('log', 7, 8\)"
+    ):
+        labels.read_label(tmp_path, data.PairKey("log", 7, 8))
+    with pytest.raises(
+        data.DataError, match=r"1.feather: is the label of \('log', 1, 2\), not of \('log', 1, 3\)"
+    ):
+        labels.read_label(tmp_path, data.PairKey("log", 1, 3))
     with pytest.raises(data.DataError, match="1.feather: has 50 rows, its sweep has 51 points"):
-        zeroflow.read_label(tmp_path, data.PairKey("log", 1, 2), num_points=51)
+        labels.read_label(tmp_path, data.PairKey("log", 1, 2), num_points=51)
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"old")
-    with pytest.raises(RuntimeError, match="power cut"), zeroflow.atomic_file(path) as file:
+    with pytest.raises(RuntimeError, match="power cut"), data.atomic_file(path) as file:
         file.write(b"ne")
         raise RuntimeError("power cut")
     assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["file"]
-    with zeroflow.atomic_file(path) as file:
+    with data.atomic_file(path) as file:
         file.write(b"new")
     assert path.read_bytes() == b"new" and [p.name for p in tmp_path.iterdir()] == ["file"]
 
@@ -137,29 +161,45 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
 def test_labels_are_for_points_that_are_not_ground_and_in_the_grid(street):
     pair = street[0]
     label = a_made_label(pair)
-    expected = ~pair.is_ground0 & (pair.pc0[:, 2].abs() < 3)  # the street ends before the grid's sides do
+    expected = ~pair.is_ground0 & (
+        pair.pc0[:, 2].abs() < 3
+    )  # the street ends before the grid's sides do
     assert torch.equal(label.has_flow, expected) and expected.any() and not expected.all()
     assert not label.flow[~expected].any() and label.flow[expected].any()
-    moved, target = pair.pc0[expected] + label.flow[expected], pair.pc1[~pair.is_ground1 & (pair.pc1[:, 2].abs() < 3)]
+    moved, target = (
+        pair.pc0[expected] + label.flow[expected],
+        pair.pc1[~pair.is_ground1 & (pair.pc1[:, 2].abs() < 3)],
+    )
     distance_sq = torch.cdist(moved.double(), target.double()).square().min(dim=1).values
-    assert label.loss == pytest.approx(distance_sq.where(distance_sq < 2, 0.0).mean().item(), rel=1e-4)
+    assert label.loss == pytest.approx(
+        distance_sq.where(distance_sq < 2, 0.0).mean().item(), rel=1e-4
+    )
 
 
-# --- Labelling many pairs --------------------------------------------------------------------------------------------
+# --- Labeling many pairs --------------------------------------------------------------------------
 
 
-def done(count: zeroflow.LabelCount) -> tuple[int, int, int]:
+def done(count: labels.LabelCount) -> tuple[int, int, int]:
     return count.made, count.found, len(count.failed)
 
 
-def test_labelling_makes_exactly_what_is_missing_or_torn(tmp_path, street, undisturbed):
-    assert done(zeroflow.label_dataset(street, tmp_path, QUICK, workers=1)) == (4, 0, 0)
-    paths = [zeroflow.label_path(tmp_path, key) for key in street.keys]
+def counts(dataset, folder: Path) -> list[int]:
+    """How many labels are made, missing, torn, failed and foreign."""
+    return counts_of_sample(dataset, folder, 20)
+
+
+def counts_of_sample(dataset, folder: Path, sample: int | None) -> list[int]:
+    return [len(keys) for keys in labels.label_status(dataset, folder, sample).states.values()]
+
+
+def test_labeling_makes_exactly_what_is_missing_or_torn(tmp_path, street, undisturbed):
+    assert done(labels.label_dataset(street, tmp_path, QUICK, workers=1)) == (4, 0, 0)
+    paths = [labels.label_path(tmp_path, key) for key in street.pair_keys]
     before = [(path.read_bytes(), path.stat().st_mtime_ns) for path in paths]
     paths[1].unlink()  # in the middle of a log
     _cut(paths[2])
     paths[3].write_bytes(b"")
-    assert done(zeroflow.label_dataset(street, tmp_path, QUICK, workers=1)) == (3, 1, 0)
+    assert done(labels.label_dataset(street, tmp_path, QUICK, workers=1)) == (3, 1, 0)
     assert (paths[0].read_bytes(), paths[0].stat().st_mtime_ns) == before[0]
     assert_same_tables(tmp_path, undisturbed, street)
     assert torch.equal(tables(tmp_path, street)[1][0], a_made_label(street[1]).flow.half())
@@ -167,48 +207,67 @@ def test_labelling_makes_exactly_what_is_missing_or_torn(tmp_path, street, undis
 
 def test_changed_settings_are_refused_by_name_and_spoil_nothing(tmp_path, street, undisturbed):
     shutil.copytree(undisturbed, tmp_path / "labels")
-    zeroflow.label_path(tmp_path / "labels", street.keys[0]).unlink()
+    labels.label_path(tmp_path / "labels", street.pair_keys[0]).unlink()
     other = dataclasses.replace(QUICK, iterations=4)
-    with pytest.raises(data.DataError, match=r"holds labels of other settings \(iterations 3 there, 4 here\)"):
-        zeroflow.label_dataset(street, tmp_path / "labels", other, workers=1)
-    assert not zeroflow.label_path(tmp_path / "labels", street.keys[0]).exists()
-    (tmp_path / "labels" / "settings.json").write_text(json.dumps(dataclasses.asdict(other)))
-    with pytest.raises(data.DataError, match="feather: is of other settings than its folder's settings.json"):
-        zeroflow.label_dataset(street, tmp_path / "labels", other, workers=1)
+    with pytest.raises(
+        data.DataError, match=r"holds labels of other settings \(iterations 3 there, 4 here\)"
+    ):
+        labels.label_dataset(street, tmp_path / "labels", other, workers=1)
+    assert not labels.label_path(tmp_path / "labels", street.pair_keys[0]).exists()
+    (tmp_path / "labels" / "settings.json").write_text(json.dumps(zeroflow.label_settings(other)))
+    with pytest.raises(
+        data.DataError,
+        match="feather: was made with other settings than its folder's settings.json",
+    ):
+        labels.label_dataset(street, tmp_path / "labels", other, workers=1)
     (tmp_path / "labels" / "settings.json").unlink()
-    with pytest.raises(data.DataError, match="settings.json: is missing, so whose labels are these"):
-        zeroflow.label_dataset(street, tmp_path / "labels", other, workers=1)
+    with pytest.raises(
+        data.DataError,
+        match="settings.json: is missing, so it is unknown how the labels here were made",
+    ):
+        labels.label_dataset(street, tmp_path / "labels", other, workers=1)
     assert not (tmp_path / "labels" / "settings.json").exists()
     (tmp_path / "labels" / "settings.json").write_text("{")
-    with pytest.raises(data.DataError, match="settings.json: is no JSON"):
-        zeroflow.label_dataset(street, tmp_path / "labels", QUICK, workers=1)
+    with pytest.raises(data.DataError, match="settings.json: is not JSON"):
+        labels.label_dataset(street, tmp_path / "labels", QUICK, workers=1)
 
 
-def test_a_broken_pair_is_set_aside_with_its_reason_until_it_is_mended(tmp_path, street_folder, undisturbed):
+def test_a_broken_pair_fails_with_its_reason_until_it_is_mended(
+    tmp_path, street_folder, undisturbed
+):
     shutil.copytree(street_folder, tmp_path / "street")
-    pairs, labels = data.open_dataset(tmp_path / "street"), tmp_path / "labels"
-    key = pairs.keys[0]
+    pairs, folder = data.open_dataset(tmp_path / "street"), tmp_path / "labels"
+    key = pairs.pair_keys[0]
     sweep = tmp_path / "street" / key.log_id / "sensors" / "lidar" / f"{key.timestamp0_ns}.feather"
     whole = sweep.read_bytes()
     _cut(sweep)
-    count = zeroflow.label_dataset(pairs, labels, QUICK, workers=2)
+    count = labels.label_dataset(pairs, folder, QUICK, workers=2)
     assert done(count) == (3, 0, 1)
     assert count.failed[0][0] == key and f"{sweep}: not a whole Feather file" in count.failed[0][1]
-    note = json.loads((labels / key.log_id / f"{key.timestamp0_ns}.broken.json").read_text())
+    note = json.loads((folder / key.log_id / f"{key.timestamp0_ns}.broken.json").read_text())
     assert note == {**key._asdict(), "reason": count.failed[0][1]}
-    assert [len(keys) for keys in zeroflow.label_status(pairs, labels)[0].values()] == [3, 0, 0, 1, 0]
+    assert counts(pairs, folder) == [3, 0, 0, 1, 0]
     sweep.write_bytes(whole)
-    assert done(zeroflow.label_dataset(pairs, labels, QUICK, workers=1)) == (1, 3, 0)
-    assert [len(keys) for keys in zeroflow.label_status(pairs, labels)[0].values()] == [4, 0, 0, 0, 0]
-    assert not list(labels.rglob("*.broken.json"))
-    assert_same_tables(labels, undisturbed, pairs)
+    assert done(labels.label_dataset(pairs, folder, QUICK, workers=1)) == (1, 3, 0)
+    assert counts(pairs, folder) == [4, 0, 0, 0, 0]
+    assert not list(folder.rglob("*.broken.json"))
+    assert_same_tables(folder, undisturbed, pairs)
 
 
 class Faulty:
-    """A data set, one of whose pairs does something else than being read. Here, so that a new process can import it."""
+    """A data set, one of whose pairs does something else than being read.
+
+    It is in this module so that a new process can import it.
+    """
 
     def __init__(self, dataset, index: int, fault, marker: Path | None = None):
-        self.dataset, self.keys, self.index, self.fault, self.marker = dataset, dataset.keys, index, fault, marker
+        self.dataset, self.pair_keys, self.index, self.fault, self.marker = (
+            dataset,
+            dataset.pair_keys,
+            index,
+            fault,
+            marker,
+        )
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -232,51 +291,69 @@ def _cannot_be_read(index: int) -> None:
 
 
 def test_a_process_that_dies_costs_the_pair_it_had(tmp_path, street, undisturbed):
-    count = zeroflow.label_dataset(Faulty(street, 1, _kill_this_process), tmp_path, QUICK, workers=2)
+    count = labels.label_dataset(Faulty(street, 1, _kill_this_process), tmp_path, QUICK, workers=2)
     assert done(count) == (3, 0, 1)
-    assert count.failed[0][0] == street.keys[1] and "its process died (exit code -9" in count.failed[0][1]
-    assert done(zeroflow.label_dataset(street, tmp_path, QUICK, workers=1)) == (1, 3, 0)
+    assert (
+        count.failed[0][0] == street.pair_keys[1]
+        and "its process died (exit code -9" in count.failed[0][1]
+    )
+    assert done(labels.label_dataset(street, tmp_path, QUICK, workers=1)) == (1, 3, 0)
     assert_same_tables(tmp_path, undisturbed, street)
 
 
 def test_one_worker_on_one_core_is_still_a_process_that_may_die(tmp_path, street, monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "99")
-    assert zeroflow.usable_cores() == 1
-    assert done(zeroflow.label_dataset(Faulty(street, 1, _kill_this_process), tmp_path, QUICK)) == (3, 0, 1)
+    assert labels.usable_cores() == 1
+    assert done(labels.label_dataset(Faulty(street, 1, _kill_this_process), tmp_path, QUICK)) == (
+        3,
+        0,
+        1,
+    )
 
 
 UNGUARDED = """
 import sys
-import data, zeroflow
+import data, labels
 from test_labels import QUICK, Faulty
-dataset = Faulty(data.open_dataset(sys.argv[1]), None, None, marker="x" * 300_000)  # as big as a real split's keys
-print(zeroflow.label_dataset(dataset, sys.argv[2], QUICK, workers=2).failed)
+as_big_as_the_keys_of_a_real_split = "x" * 300_000
+dataset = Faulty(data.open_dataset(sys.argv[1]), None, None, as_big_as_the_keys_of_a_real_split)
+print(labels.label_dataset(dataset, sys.argv[2], QUICK, workers=2).failed)
 """
 
 
 def test_processes_that_cannot_start_are_reported_and_not_waited_for(tmp_path, street_folder):
-    """A script without `if __name__ == "__main__"` starts itself anew in each process, and they refuse."""
+    """A script without `if __name__ == "__main__"` would start itself again in each process.
+
+    Python refuses that, so no process gets as far as reading its job.
+    """
     script = tmp_path / "script.py"
     script.write_text(UNGUARDED)
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     command = [sys.executable, str(script), str(street_folder), str(tmp_path / "labels")]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert run.returncode == 0 and run.stdout.count("its process died (exit code 1;") == 4, run.stderr
+    assert run.returncode == 0 and run.stdout.count("its process died (exit code 1;") == 4, (
+        run.stderr
+    )
 
 
 def test_a_mistake_in_a_process_keeps_its_traceback(tmp_path, street):
     with pytest.raises(ZeroDivisionError) as error:
-        zeroflow.label_dataset(Faulty(street, 2, _divide_by_zero), tmp_path, QUICK, workers=2)
+        labels.label_dataset(Faulty(street, 2, _divide_by_zero), tmp_path, QUICK, workers=2)
     assert "in _divide_by_zero" in error.value.__notes__[0]
 
 
 def test_a_run_stops_when_too_much_is_broken(tmp_path, street):
     broken = Faulty(street, -1, _cannot_be_read)
     with pytest.raises(
-        data.DataError, match="2 pairs could not .* more than --max-broken 0.01 of 4.*sweep 0 cannot be"
+        data.DataError,
+        match="2 pairs could not .* more than --max-broken 0.01 of 4.*sweep 0 cannot be",
     ):
-        zeroflow.label_dataset(broken, tmp_path, QUICK, workers=1, max_broken=0.01)
-    assert done(zeroflow.label_dataset(broken, tmp_path, QUICK, workers=1, max_broken=0.04)) == (0, 0, 4)
+        labels.label_dataset(broken, tmp_path, QUICK, workers=1, max_broken=0.01)
+    assert done(labels.label_dataset(broken, tmp_path, QUICK, workers=1, max_broken=0.04)) == (
+        0,
+        0,
+        4,
+    )
 
 
 class Many:
@@ -284,52 +361,61 @@ class Many:
 
     def __init__(self, pair: data.SweepPair, count: int, broken: int):
         self.pair, self.broken = pair, broken
-        self.keys = [data.PairKey("log", 10 * i, 10 * i + 10) for i in range(count)]
+        self.pair_keys = [data.PairKey("log", 10 * i, 10 * i + 10) for i in range(count)]
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return len(self.pair_keys)
 
     def __getitem__(self, index: int) -> data.SweepPair:
         if index < self.broken:
             raise OSError("cannot be read")
-        key = self.keys[index]
+        key = self.pair_keys[index]
         return dataclasses.replace(self.pair, **key._asdict())
 
 
 def test_a_rerun_with_nothing_but_broken_pairs_left_does_not_stop_at_them(tmp_path, street):
     few = torch.zeros(4, dtype=torch.bool)
-    pair = dataclasses.replace(street[0], pc0=street[0].pc0[:4], pc1=street[0].pc1[:4], is_ground0=few, is_ground1=few)
+    pair = dataclasses.replace(
+        street[0], pc0=street[0].pc0[:4], pc1=street[0].pc1[:4], is_ground0=few, is_ground1=few
+    )
     many = Many(pair, count=150, broken=7)
-    assert done(zeroflow.label_dataset(many, tmp_path, QUICK, workers=1)) == (143, 0, 7)
-    assert done(zeroflow.label_dataset(many, tmp_path, QUICK, workers=1)) == (0, 143, 7)
-    with pytest.raises(data.DataError, match="8 pairs could not be labelled"):
-        zeroflow.label_dataset(Many(pair, count=150, broken=8), tmp_path / "more", QUICK, workers=1)
+    assert done(labels.label_dataset(many, tmp_path, QUICK, workers=1)) == (143, 0, 7)
+    assert done(labels.label_dataset(many, tmp_path, QUICK, workers=1)) == (0, 143, 7)
+    with pytest.raises(data.DataError, match="8 pairs could not be labeled"):
+        labels.label_dataset(Many(pair, count=150, broken=8), tmp_path / "more", QUICK, workers=1)
 
 
 def test_several_workers_make_the_labels_that_one_makes(tmp_path, street, undisturbed):
-    assert done(zeroflow.label_dataset(street, tmp_path, QUICK, workers=2)) == (4, 0, 0)
+    assert done(labels.label_dataset(street, tmp_path, QUICK, workers=2)) == (4, 0, 0)
     assert_same_tables(tmp_path, undisturbed, street)
 
 
 def test_several_pairs_at_once_as_on_a_gpu_give_a_label_each(tmp_path, street, monkeypatch):
-    monkeypatch.setitem(zeroflow.PAIRS_AT_ONCE, "cpu", 3)
+    monkeypatch.setitem(labels.PAIRS_AT_ONCE, "cpu", 3)
     broken = Faulty(street, 1, _cannot_be_read)
-    count = zeroflow.label_dataset(broken, tmp_path, QUICK, workers=1)
-    assert done(count) == (3, 0, 1) and count.failed[0] == (street.keys[1], "sweep 1 cannot be read")
+    count = labels.label_dataset(broken, tmp_path, QUICK, workers=1)
+    assert done(count) == (3, 0, 1) and count.failed[0] == (
+        street.pair_keys[1],
+        "sweep 1 cannot be read",
+    )
     for index in (0, 2, 3):
-        label, alone = zeroflow.read_label(tmp_path, street.keys[index]), a_made_label(street[index])
+        label, alone = (
+            labels.read_label(tmp_path, street.pair_keys[index]),
+            a_made_label(street[index]),
+        )
         assert torch.equal(label.has_flow, alone.has_flow)
         torch.testing.assert_close(label.flow, alone.flow, atol=1e-3, rtol=0)
 
 
 KILLED_AT_A_BOUNDARY = """
 import os, pathlib, signal, sys
-import data, zeroflow
+import data, labels
 from test_labels import QUICK
 
 dataset = data.open_dataset(sys.argv[1], true_flow=False)
 boundary = 0
-while True:  # label in a child that is killed at the first, second, ... boundary, until one lives to the end
+# Label in a child that is killed at the first, second, ... boundary, until one lives to the end.
+while True:
     child = os.fork()
     if child == 0:
         left = boundary
@@ -348,8 +434,8 @@ while True:  # label in a child that is killed at the first, second, ... boundar
                 return result
             return call
 
-        zeroflow.os.fsync, zeroflow.os.replace, zeroflow.os.link = map(wrapped, (os.fsync, os.replace, os.link))
-        write = zeroflow.feather.write_feather
+        data.os.fsync, data.os.replace = map(wrapped, (os.fsync, os.replace))
+        write = labels.feather.write_feather
 
         def half_then_whole(table, file, compression):
             file.write(b"half a file")
@@ -358,8 +444,8 @@ while True:  # label in a child that is killed at the first, second, ... boundar
             file.seek(0)
             write(table, file, compression=compression)
 
-        zeroflow.feather.write_feather = half_then_whole
-        zeroflow.label_dataset(dataset, pathlib.Path(sys.argv[2]) / str(boundary), QUICK, workers=1)
+        labels.feather.write_feather = half_then_whole
+        labels.label_dataset(dataset, pathlib.Path(sys.argv[2]) / str(boundary), QUICK, workers=1)
         os._exit(0)
     status = os.waitpid(child, 0)[1]
     if status == 0:
@@ -370,70 +456,128 @@ print(boundary)
 """
 
 
-def test_kill_9_at_any_file_boundary_then_a_rerun_gives_the_undisturbed_labels(tmp_path, street_folder, undisturbed):
-    """Boundaries: settings written, and for each label half written, before and after the flush and the renaming."""
+def test_kill_9_at_any_file_boundary_then_a_rerun_gives_the_undisturbed_labels(
+    tmp_path, street_folder, undisturbed
+):
+    """Boundaries: before and after the flush and the renaming, of the settings and of each label.
+
+    For a label there is one more, half-way through writing it.
+    """
     log = next(path for path in sorted(street_folder.iterdir()) if path.is_dir())
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", KILLED_AT_A_BOUNDARY, str(log), str(tmp_path)]
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
     boundaries = int(run.stdout)
-    assert boundaries == 6 + 2 * 5
+    assert boundaries == 4 + 2 * 5
     pairs, left_over = data.open_dataset(log), 0
     for boundary in range(boundaries):
-        labels = tmp_path / str(boundary)
+        folder = tmp_path / str(boundary)
         whole = 0
-        for key in pairs.keys:  # before the rerun: what has a label's name is whole
-            if zeroflow.label_path(labels, key).exists():
-                zeroflow.read_label(labels, key)
+        for key in pairs.pair_keys:  # before the rerun: what has a label's name is whole
+            if labels.label_path(folder, key).exists():
+                labels.read_label(folder, key)
                 whole += 1
-        left_over += len(list(labels.rglob("*.tmp")))
-        assert done(zeroflow.label_dataset(pairs, labels, QUICK, workers=1)) == (2 - whole, whole, 0)
-        assert_same_tables(labels, undisturbed, pairs)
+        left_over += len(list(folder.rglob("*.tmp")))
+        assert done(labels.label_dataset(pairs, folder, QUICK, workers=1)) == (2 - whole, whole, 0)
+        assert_same_tables(folder, undisturbed, pairs)
     assert left_over > 5, "the runs were not killed half-way"
 
 
-def test_of_two_runs_that_claim_a_folder_at_once_one_is_refused(tmp_path, monkeypatch):
+def test_a_folder_belongs_to_one_teacher_and_one_grid(tmp_path):
+    labels.claim_folder(tmp_path, QUICK_SETTINGS)
+    labels.claim_folder(tmp_path, QUICK_SETTINGS)
+    assert labels.folder_settings(tmp_path) == QUICK_SETTINGS
+    assert QUICK_SETTINGS == dataclasses.asdict(QUICK) | {"half_extent_m": [51.2, 51.2, 3.0]}
+    assert [file.name for file in tmp_path.iterdir()] == ["settings.json"]
+    other = zeroflow.label_settings(dataclasses.replace(QUICK, seed=1))
+    with pytest.raises(data.DataError, match=r"other settings \(seed 0 there, 1 here\)"):
+        labels.claim_folder(tmp_path, other)
+    grid = r"\(half_extent_m \[51.2, 51.2, 3.0\] there, \[25.6, 25.6, 3.0\] here\)"
+    with pytest.raises(data.DataError, match=f"other settings {grid}"):
+        labels.claim_folder(tmp_path, zeroflow.label_settings(QUICK, (25.6, 25.6, 3.0)))
+
+
+def test_labels_of_another_grid_store_it_and_cover_only_its_points(tmp_path, street):
+    half_extent_m = (10.0, 10.0, 3.0)
+    count = labels.label_dataset(street, tmp_path, QUICK, half_extent_m, workers=1)
+    assert done(count) == (4, 0, 0)
+    label_folder = labels.open_labels(tmp_path, street)
+    assert label_folder.half_extent_m == half_extent_m
+    assert label_folder.teacher != labels.settings_hash(QUICK_SETTINGS)
+    for pair in street:
+        label = label_folder.read(pair)
+        assert label.settings["half_extent_m"] == [10.0, 10.0, 3.0]
+        is_near = (pair.pc0.abs() < torch.tensor(half_extent_m)).all(dim=1)
+        assert torch.equal(label.has_flow, ~pair.is_ground0 & is_near)
+        assert label.has_flow.sum() < data.input_masks(pair)[0].sum()
+
+
+def test_a_folder_of_an_older_version_which_stored_no_grid_is_refused(tmp_path, street):
+    labels.write_label(tmp_path, dataclasses.replace(a_label(), key=street.pair_keys[0]))
+    (tmp_path / "settings.json").write_text(json.dumps(dataclasses.asdict(QUICK)))
+    for use in (
+        lambda: labels.claim_folder(tmp_path, QUICK_SETTINGS),
+        lambda: labels.open_labels(tmp_path, street),
+        lambda: labels.label_status(street, tmp_path),
+    ):
+        with pytest.raises(data.DataError, match="other settings .half_extent_m, their grid, is m"):
+            use()
+
+
+def test_of_two_runs_that_claim_a_folder_at_once_the_labels_of_one_are_foreign(
+    tmp_path, street, monkeypatch
+):
     """The second run comes between the first one's look and its claim."""
-    other, link = dataclasses.replace(QUICK, seed=1), os.link
+    other, replace = dataclasses.replace(QUICK, seed=1), os.replace
 
     def second_is_faster(*arguments):
-        monkeypatch.setattr(os, "link", link)
-        zeroflow.claim_folder(tmp_path, other)
-        link(*arguments)
+        monkeypatch.setattr(os, "replace", replace)
+        labels.claim_folder(tmp_path, zeroflow.label_settings(other))
+        labels.write_label(tmp_path, a_made_label(street[0], other))
+        replace(*arguments)
 
-    monkeypatch.setattr(os, "link", second_is_faster)
-    with pytest.raises(data.DataError, match=r"other settings \(seed 1 there, 0 here\)"):
-        zeroflow.claim_folder(tmp_path, QUICK)
-    zeroflow.claim_folder(tmp_path, other)
-    assert [file.name for file in tmp_path.iterdir()] == ["settings.json"]
-
-
-def test_a_file_system_without_links_will_do(tmp_path, monkeypatch):
-    def no_links(*arguments):
-        raise PermissionError("no links here")
-
-    monkeypatch.setattr(os, "link", no_links)
-    zeroflow.claim_folder(tmp_path, QUICK)
-    assert zeroflow.folder_settings(tmp_path) == dataclasses.asdict(QUICK)
-    assert [file.name for file in tmp_path.iterdir()] == ["settings.json"]
+    monkeypatch.setattr(os, "replace", second_is_faster)
+    labels.claim_folder(tmp_path, QUICK_SETTINGS)
+    with pytest.raises(data.DataError, match=r"other settings \(seed 0 there, 1 here\)"):
+        labels.claim_folder(tmp_path, zeroflow.label_settings(other))
+    assert counts(street, tmp_path) == [0, 3, 0, 0, 1]
+    with pytest.raises(data.DataError, match="was made with other settings than its folder's"):
+        labels.label_dataset(street, tmp_path, QUICK, workers=1)
+    with pytest.raises(data.DataError, match="was made with other settings than its folder's"):
+        labels.open_labels(tmp_path, street).read(street[0])
 
 
-def test_what_killed_processes_left_half_written_is_swept_up_an_hour_later(tmp_path, street, undisturbed):
+def test_what_killed_processes_left_half_written_is_swept_up_an_hour_later(
+    tmp_path, street, undisturbed
+):
     shutil.copytree(undisturbed, tmp_path / "labels")
-    folder = tmp_path / "labels" / street.keys[0].log_id
+    folder = tmp_path / "labels" / street.pair_keys[0].log_id
     old, young = folder / ".1.feather.a.tmp", folder / ".1.feather.b.tmp"
     for file, hours in ((old, 2), (young, 0)):
         file.write_bytes(b"half")
         os.utime(file, (time.time() - 3600 * hours,) * 2)
-    zeroflow.label_dataset(street, tmp_path / "labels", QUICK, workers=1)
+    labels.label_dataset(street, tmp_path / "labels", QUICK, workers=1)
     assert young.exists() and not old.exists()
 
 
-def label_command(street_folder: Path, labels: Path, *arguments, prefix=(), **more) -> subprocess.Popen:
-    command = [sys.executable, *prefix, ROOT / "zeroflow.py", "label", "--data", street_folder, "--labels", labels]
+def label_command(
+    street_folder: Path, folder: Path, *arguments, prefix=(), **more
+) -> subprocess.Popen:
+    command = [
+        sys.executable,
+        *prefix,
+        ROOT / "zeroflow.py",
+        "label",
+        "--data",
+        street_folder,
+        "--labels",
+        folder,
+    ]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([*map(str, command), *QUICK_OPTIONS, *map(str, arguments)], **pipes, **more)
+    return subprocess.Popen(
+        [*map(str, command), *QUICK_OPTIONS, *map(str, arguments)], **pipes, **more
+    )
 
 
 def test_two_workers_on_the_same_shard_do_no_harm(tmp_path, street_folder, street, undisturbed):
@@ -445,10 +589,12 @@ def test_two_workers_on_the_same_shard_do_no_harm(tmp_path, street_folder, stree
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-def test_a_full_disk_is_a_clear_error_and_leaves_old_labels_whole(tmp_path, street_folder, street, undisturbed):
+def test_a_full_disk_is_a_clear_error_and_leaves_old_labels_whole(
+    tmp_path, street_folder, street, undisturbed
+):
     """The disk is full for files beyond 4 kB: the settings fit, a label does not."""
     shutil.copytree(undisturbed, tmp_path / "labels")
-    missing = zeroflow.label_path(tmp_path / "labels", street.keys[2])
+    missing = labels.label_path(tmp_path / "labels", street.pair_keys[2])
     missing.unlink()
     limit = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)); "
     limit += "sys.argv = sys.argv[1:]; sys.path.insert(0, sys.argv[0].rpartition('/')[0]); "
@@ -456,114 +602,203 @@ def test_a_full_disk_is_a_clear_error_and_leaves_old_labels_whole(tmp_path, stre
     run = label_command(street_folder, tmp_path / "labels", prefix=("-c", limit))
     _, errors = run.communicate()
     assert run.returncode == 1
-    assert f"cannot be written (File too large); what was there is unchanged: '{missing}'" in errors.splitlines()[-1]
+    assert (
+        f"cannot be written (File too large); what was there is unchanged: '{missing}'"
+        in errors.splitlines()[-1]
+    )
     assert not missing.exists() and not list(tmp_path.rglob("*.tmp"))
-    assert done(zeroflow.label_dataset(street, tmp_path / "labels", QUICK, workers=1)) == (1, 3, 0)
+    assert done(labels.label_dataset(street, tmp_path / "labels", QUICK, workers=1)) == (1, 3, 0)
 
 
-def test_a_folder_that_cannot_be_written_is_a_clear_error_before_any_work(tmp_path, street_folder, capsys):
+def test_a_folder_that_cannot_be_written_is_a_clear_error_before_any_work(
+    tmp_path, street_folder, capsys
+):
     (tmp_path / "file").write_text("not a folder")
     arguments = ("label", "--data", street_folder, "--labels", tmp_path / "file" / "labels")
-    assert zeroflow.main([*map(str, arguments), *QUICK_OPTIONS]) == 1
+    assert commands.main([*map(str, arguments), *QUICK_OPTIONS]) == 1
     line = capsys.readouterr().err.splitlines()[-1]
     assert (
-        line.startswith("error:") and "cannot be written (Not a directory)" in line and str(tmp_path / "file") in line
+        line.startswith("error:")
+        and "cannot be written (Not a directory)" in line
+        and str(tmp_path / "file") in line
     )
     assert (tmp_path / "file").read_text() == "not a folder"
 
 
-# --- Shards ----------------------------------------------------------------------------------------------------------
+# --- Shards and status ----------------------------------------------------------------------------
 
 
 def test_shards_are_a_fixed_and_even_partition():
     keys = [data.PairKey(f"log{i}", 100 * j, 100 * j + 100) for i in range(20) for j in range(50)]
-    assert [zeroflow.shard_of(key, 16) for key in keys[:6]] == [4, 2, 14, 3, 5, 14]
-    counts = np.bincount([zeroflow.shard_of(key, 16) for key in keys], minlength=16)
-    assert counts.sum() == 1000 and counts.min() > 35 and counts.max() < 95  # 62.5 each, give or take 7.7
+    assert [labels.shard_of(key, 16) for key in keys[:6]] == [4, 2, 14, 3, 5, 14]
+    counts = np.bincount([labels.shard_of(key, 16) for key in keys], minlength=16)
+    assert (
+        counts.sum() == 1000 and counts.min() > 35 and counts.max() < 95
+    )  # 62.5 each, give or take 7.7
 
 
 def test_the_shard_comes_from_the_option_else_torchrun_else_a_slurm_array():
     torchrun = {"RANK": "3", "WORLD_SIZE": "8"}
     slurm = {"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_COUNT": "6"}
-    assert zeroflow.chosen_shard("", {}) == (0, 1)
-    assert zeroflow.chosen_shard("", slurm) == (5, 6)
-    assert zeroflow.chosen_shard("", torchrun | slurm) == (3, 8)
-    assert zeroflow.chosen_shard("0/2", torchrun | slurm) == (0, 2)
+    assert labels.chosen_shard(None, {}) == (0, 1)
+    assert labels.chosen_shard(None, slurm) == (5, 6)
+    assert labels.chosen_shard(None, torchrun | slurm) == (3, 8)
+    assert labels.chosen_shard("0/2", torchrun | slurm) == (0, 2)
     for text in ("2/2", "1", "a/b", "-1/2", "1/0"):
         with pytest.raises(data.DataError, match=f"--shard {text}: .* shards are 0/n ... n-1/n"):
-            zeroflow.chosen_shard(text, {})
-    with pytest.raises(data.DataError, match="SLURM_ARRAY_TASK_ID/SLURM_ARRAY_TASK_COUNT: '6' of '6' is no shard"):
-        zeroflow.chosen_shard("", slurm | {"SLURM_ARRAY_TASK_ID": "6"})  # an array that starts at 1
+            labels.chosen_shard(text, {})
+    with pytest.raises(
+        data.DataError,
+        match="SLURM_ARRAY_TASK_ID/SLURM_ARRAY_TASK_COUNT: '6' of '6' is not a shard",
+    ):
+        labels.chosen_shard(None, slurm | {"SLURM_ARRAY_TASK_ID": "6"})  # an array that starts at 1
 
 
 def test_shards_share_the_work_and_another_count_relabels_nothing(tmp_path, street, undisturbed):
-    made = [done(zeroflow.label_dataset(street, tmp_path, QUICK, workers=1, shard=(i, 3))) for i in range(3)]
-    assert [m for m, _, _ in made] == [sum(zeroflow.shard_of(key, 3) == i for key in street.keys) for i in range(3)]
+    made = [
+        done(labels.label_dataset(street, tmp_path, QUICK, workers=1, shard=(i, 3)))
+        for i in range(3)
+    ]
+    assert [m for m, _, _ in made] == [
+        sum(labels.shard_of(key, 3) == i for key in street.pair_keys) for i in range(3)
+    ]
     assert sum(m for m, _, _ in made) == 4 and not any(found for _, found, _ in made)
     for shard in ((0, 2), (1, 2)):
-        assert done(zeroflow.label_dataset(street, tmp_path, QUICK, workers=1, shard=shard))[0] == 0
+        assert done(labels.label_dataset(street, tmp_path, QUICK, workers=1, shard=shard))[0] == 0
     assert_same_tables(tmp_path, undisturbed, street)
 
 
-def test_torchrun_labels_with_every_rank_and_one_broken_pair_stops_nobody(tmp_path, street_folder, undisturbed):
+def test_torchrun_labels_with_every_rank_and_one_broken_pair_stops_nobody(
+    tmp_path, street_folder, undisturbed
+):
     shutil.copytree(street_folder, tmp_path / "street")
     pairs = data.open_dataset(tmp_path / "street")
-    key = pairs.keys[0]
+    key = pairs.pair_keys[0]
     _cut(tmp_path / "street" / key.log_id / "sensors" / "lidar" / f"{key.timestamp0_ns}.feather")
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     run = label_command(tmp_path / "street", tmp_path / "labels", prefix=torchrun)
     out, errors = run.communicate()
     assert run.returncode == 0, errors
     for rank in (0, 1):
-        mine = sum(zeroflow.shard_of(other, 2) == rank for other in pairs.keys[1:])
+        mine = sum(labels.shard_of(other, 2) == rank for other in pairs.pair_keys[1:])
         assert f"labels, shard {rank}/2: {mine} labels made" in out
-    found = zeroflow.label_status(pairs, tmp_path / "labels")[0]
-    assert [len(keys) for keys in found.values()] == [3, 0, 0, 1, 0]
-    for other in pairs.keys[1:]:
-        expected = zeroflow.read_label(undisturbed, other).flow
-        assert torch.equal(zeroflow.read_label(tmp_path / "labels", other).flow, expected)
+    assert counts(pairs, tmp_path / "labels") == [3, 0, 0, 1, 0]
+    for other in pairs.pair_keys[1:]:
+        expected = labels.read_label(undisturbed, other).flow
+        assert torch.equal(labels.read_label(tmp_path / "labels", other).flow, expected)
 
 
-def test_status_counts_names_shards_and_says_what_is_left(tmp_path, street_folder, street, undisturbed, capsys):
+def test_status_counts_names_shards_and_says_what_is_left(
+    tmp_path, street_folder, street, undisturbed, capsys
+):
     shutil.copytree(undisturbed, tmp_path / "labels")
-    arguments = ["status", "--data", str(street_folder), "--labels", str(tmp_path / "labels")]
-    assert zeroflow.main(arguments) == 0
-    assert capsys.readouterr().out.endswith("labels: 4 made, 0 missing, 0 torn, 0 set aside, of 4 pairs\n")
-    paths = [zeroflow.label_path(tmp_path / "labels", key) for key in street.keys]
+    folder = tmp_path / "labels"
+    arguments = ["status", "--data", str(street_folder), "--labels", str(folder)]
+    assert commands.main(arguments) == 0
+    assert capsys.readouterr().out.endswith(
+        "labels: 4 made, 0 missing, 0 torn, 0 failed, of 4 pairs\n"
+    )
+    paths = [labels.label_path(tmp_path / "labels", key) for key in street.pair_keys]
     paths[0].unlink()
     _cut(paths[1])
     paths[2].unlink()
     paths[2].with_suffix(".broken.json").write_text(json.dumps({"reason": "the sweep is gone"}))
-    label = zeroflow.read_label(tmp_path / "labels", street.keys[3])
-    zeroflow.write_label(tmp_path / "labels", dataclasses.replace(label, seconds=1800.0))
+    label = labels.read_label(tmp_path / "labels", street.pair_keys[3])
+    labels.write_label(tmp_path / "labels", dataclasses.replace(label, seconds=1800.0))
     numbers = tmp_path / "numbers.json"
-    assert zeroflow.main([*arguments, "--shards", "5", "--price", "2.5", "--json", str(numbers)]) == 1
+    assert commands.main([*arguments, "--shards", "5", "--json", str(numbers)]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-1].endswith("labels: 1 made, 1 missing, 1 torn, 1 set aside, of 4 pairs")
-    assert "left: 1.00 hours of one worker, at 1800.00 s a pair, 2.50 $" in lines
-    again = sorted({zeroflow.shard_of(street.keys[i], 5) for i in (0, 1)})
+    assert lines[-1].endswith("labels: 1 made, 1 missing, 1 torn, 1 failed, of 4 pairs")
+    assert "left: 1.00 hours of one worker, at 1800.00 s per pair" in lines
+    again = sorted({labels.shard_of(street.pair_keys[i], 5) for i in (0, 1)})
     assert "run again: " + " ".join(f"--shard {shard}/5" for shard in again) in lines
+    lacking = {}
+    for key in (street.pair_keys[0], street.pair_keys[1]):
+        lacking[key.log_id] = lacking.get(key.log_id, 0) + 1
     assert json.loads(numbers.read_text()) == {
-        **{"made": 1, "missing": 1, "torn": 1, "set_aside": 1, "foreign": 0},
+        **{"made": 1, "missing": 1, "torn": 1, "failed": 1, "foreign": 0},
         **{"run_again": [f"{shard}/5" for shard in again], "hours_left": 1.0},
+        "lacking": lacking,
     }
-    assert any(line.startswith("torn: ") and f"{paths[1]}: not a whole Feather file" in line for line in lines)
+    assert any(
+        line.startswith("torn: ") and f"{paths[1]}: not a whole Feather file" in line
+        for line in lines
+    )
     assert any("the sweep is gone" in line for line in lines)
-    about = dataclasses.asdict(dataclasses.replace(QUICK, seed=1))
-    zeroflow.write_label(tmp_path / "labels", dataclasses.replace(label, settings=about))
-    assert zeroflow.main(arguments) == 1
+    about = zeroflow.label_settings(dataclasses.replace(QUICK, seed=1))
+    labels.write_label(tmp_path / "labels", dataclasses.replace(label, settings=about))
+    assert commands.main(arguments) == 1
     out = capsys.readouterr().out
-    assert f"of other settings: {paths[3]}; move it away" in out and "1 set aside, 1 foreign, of 4 pairs" in out
+    message = f"{paths[3]}: was made with other settings than its folder's settings.json names"
+    assert f"{message}; move it away" in out and "1 failed, 1 foreign, of 4 pairs" in out
     shutil.rmtree(tmp_path / "labels")
-    assert zeroflow.main(arguments) == 1 and "is no folder of labels" in capsys.readouterr().err
+    assert commands.main(arguments) == 1 and "is not a folder of labels" in capsys.readouterr().err
 
 
-# --- Pairs that give little or nothing -------------------------------------------------------------------------------
+def test_status_compares_a_sample_with_the_sweeps(tmp_path, street, undisturbed):
+    """One label has a row less than its sweep, and one is missing."""
+    folder = tmp_path / "labels"
+    shutil.copytree(undisturbed, folder)
+    made = labels.read_label(folder, street.pair_keys[3])
+    fewer = dataclasses.replace(made, flow=made.flow[1:], has_flow=made.has_flow[1:])
+    path = labels.write_label(folder, fewer)
+    labels.label_path(folder, street.pair_keys[0]).unlink()
+    for sample in (None, 3, 20):
+        status = labels.label_status(street, folder, sample)
+        assert list(status.states["missing"]) == [street.pair_keys[0]]
+        assert list(status.states["torn"]) == [street.pair_keys[3]]
+        rows = f"{path}: has {len(made.flow) - 1} rows, its sweep has {len(made.flow)} points"
+        assert rows in status.states["torn"][street.pair_keys[3]]
+        assert len(status.seconds) == len(status.states["made"]) == 2 and not status.is_published
+    # By itself the label is whole, and of three that are made a sample of one is the first.
+    assert counts_of_sample(street, folder, 1) == [3, 1, 0, 0, 0]
+    # A folder without any label yet, and one that is not a folder of labels.
+    labels.claim_folder(tmp_path / "new", QUICK_SETTINGS)
+    assert counts(street, tmp_path / "new") == [0, 4, 0, 0, 0]
+    with pytest.raises(data.DataError, match="new: has no label for any of 4 pairs; run"):
+        labels.open_labels(tmp_path / "new", street)
+    with pytest.raises(
+        data.DataError, match="is not a folder of labels for this data; make it with"
+    ):
+        labels.label_status(street, tmp_path)
+
+
+def test_a_sweep_that_cannot_be_read_is_no_fault_of_its_label(tmp_path, street_folder, undisturbed):
+    shutil.copytree(street_folder, tmp_path / "street")
+    pairs = data.open_dataset(tmp_path / "street")
+    key = pairs.pair_keys[0]
+    _cut(tmp_path / "street" / key.log_id / "sensors" / "lidar" / f"{key.timestamp0_ns}.feather")
+    assert counts(pairs, undisturbed) == [4, 0, 0, 0, 0]
+
+
+def test_status_of_published_labels_reads_a_sample(tmp_path, street):
+    """Three pairs have a label, and the third label is one row short."""
+    for pair, index in ((street[0], 0), (street[1], 1), (street[2], 0)):
+        columns = {name: np.zeros(len(pair.pc0), np.float32) for name in data.FLOW_COLUMNS}
+        table = pyarrow.table({**columns, "is_valid": np.ones(len(pair.pc0), bool)})
+        table = table.slice(1 if pair.key == street.pair_keys[2] else 0)
+        file = tmp_path / pair.log_id / f"{index:010d}.feather"
+        file.parent.mkdir(exist_ok=True)
+        feather.write_feather(table, file)
+    status = labels.label_status(street, tmp_path, None)
+    assert status.is_published and status.seconds == []
+    assert [len(keys) for keys in status.states.values()] == [2, 1, 1, 0, 0]
+    assert "is it of this log?" in status.states["torn"][street.pair_keys[2]]
+    assert counts_of_sample(street, tmp_path, 2) == [3, 1, 0, 0, 0]  # the first two that are made
+    label_folder = labels.open_labels(tmp_path, street)
+    assert label_folder.half_extent_m == (51.2, 51.2, 3.0) and label_folder.teacher == "published"
+    label = label_folder.read(street[0])
+    assert label.settings == {"teacher": "published", "half_extent_m": [51.2, 51.2, 3.0]}
+
+
+# --- Pairs that give little or nothing ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])
 @pytest.mark.parametrize("teacher", nsfp.TEACHERS)
-def test_pairs_of_no_or_few_points_and_points_out_of_range_get_labels(tmp_path, street, count, teacher):
+def test_pairs_of_no_or_few_points_and_points_out_of_range_get_labels(
+    tmp_path, street, count, teacher
+):
     pair = street[0]
     rows = (~pair.is_ground0).nonzero()[:count, 0]
     is_ground0 = torch.ones_like(pair.is_ground0)
@@ -573,18 +808,25 @@ def test_pairs_of_no_or_few_points_and_points_out_of_range_get_labels(tmp_path, 
         (dataclasses.replace(pair, is_ground0=is_ground0), count),
         (dataclasses.replace(pair, pc0=pair.pc0 + 1000.0), 0),  # out of range
         (dataclasses.replace(pair, pc1=pair.pc1 + 1000.0, is_ground0=is_ground0), count),
-        (dataclasses.replace(pair, is_ground1=torch.ones_like(pair.is_ground1), is_ground0=is_ground0), count),
+        (
+            dataclasses.replace(
+                pair, is_ground1=torch.ones_like(pair.is_ground1), is_ground0=is_ground0
+            ),
+            count,
+        ),
     ):
         label = a_made_label(few, settings)
-        zeroflow.write_label(tmp_path, label)
-        found = zeroflow.read_label(tmp_path, pair.key, len(pair.pc0))
+        labels.write_label(tmp_path, label)
+        found = labels.read_label(tmp_path, pair.key, len(pair.pc0))
         assert (
-            int(found.has_flow.sum()) == kept and found.flow.isfinite().all() and not found.flow[~found.has_flow].any()
+            int(found.has_flow.sum()) == kept
+            and found.flow.isfinite().all()
+            and not found.flow[~found.has_flow].any()
         )
 
 
 def test_rows_of_nan_and_sweeps_of_nothing_but_ground_pass_through(street):
-    """A NaN row gets no flow and disturbs no other; a pair without input gets a label without flow."""
+    """A NaN row gets no flow and leaves the others alone; without input, a label has no flow."""
     pair = street[0]
     pc0 = pair.pc0.clone()
     row = int((~pair.is_ground0).nonzero()[7])
@@ -599,8 +841,8 @@ def test_rows_of_nan_and_sweeps_of_nothing_but_ground_pass_through(street):
     empty = dataclasses.replace(pair, is_ground0=everything)
     label = a_made_label(empty)
     assert not label.has_flow.any() and not label.flow.any() and label.loss == 0
-    assert not student(empty)[0].any() and not zeroflow.nearest_neighbour(empty).any()
-    result = zeroflow.evaluate([empty], zeroflow.timed(zeroflow.no_motion))
+    assert not student(empty)[0].any() and not zeroflow.nearest_neighbor(empty).any()
+    result = zeroflow.evaluate([empty], zeroflow.timed(zeroflow.no_motion)).numbers
     assert result["points"] == 0 and math.isnan(result["grid_three_way"])
 
 
@@ -609,12 +851,17 @@ def test_rows_of_nan_and_sweeps_of_nothing_but_ground_pass_through(street):
     [
         dataclasses.replace(QUICK, learning_rate=1e30, iterations=10),
         dataclasses.replace(QUICK, learning_rate=1e30, iterations=10, refine="sweep"),
-        # What is thrown out of reach costs nothing: the published loop keeps it, finite, as its best.
-        dataclasses.replace(nsfp.TEACHERS["published"], learning_rate=1.0, iterations=40, hidden_channels=32),
+        # Points thrown out of reach cost nothing: the published loop keeps them as its best.
+        dataclasses.replace(
+            nsfp.TEACHERS["nsfp"], learning_rate=1.0, iterations=40, hidden_channels=32
+        ),
     ],
 )
 def test_a_fit_that_diverged_costs_one_label_and_is_reported(tmp_path, street, wild):
-    count = zeroflow.label_dataset(street, tmp_path, wild, workers=1)
-    assert done(count) == (0, 0, 4) and "the fit diverged; try a smaller learning rate" in count.failed[0][1]
+    count = labels.label_dataset(street, tmp_path, wild, workers=1)
+    assert (
+        done(count) == (0, 0, 4)
+        and "the fit diverged; try a smaller learning rate" in count.failed[0][1]
+    )
     with pytest.raises(data.DataError, match="the fit diverged"):
         zeroflow.from_teacher(wild)(street[0])

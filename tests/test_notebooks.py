@@ -1,4 +1,7 @@
-"""The committed notebooks: each is a whole, fresh run that says nothing on stderr. `pytest --nbval` runs them."""
+"""The committed notebooks: each is a complete, fresh run without a line on stderr.
+
+`pytest --nbval` runs them.
+"""
 
 import json
 import re
@@ -11,7 +14,8 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
 def code_cells(notebook: Path) -> list[dict]:
-    return [cell for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
+    cells = json.loads(notebook.read_text())["cells"]
+    return [cell for cell in cells if cell["cell_type"] == "code"]
 
 
 def test_there_are_seven_notebooks_and_their_solutions_and_the_readme_links_them_in_order():
@@ -27,7 +31,8 @@ def test_a_committed_notebook_is_a_fresh_run_without_errors_or_warnings(notebook
     assert content["metadata"]["kernelspec"]["name"] == "python3"
     assert all("".join(cell["source"]).strip() for cell in content["cells"]), "an empty cell"
     cells = code_cells(notebook)
-    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1)), "not run once, in order"
+    counts = [cell["execution_count"] for cell in cells]
+    assert counts == list(range(1, len(cells) + 1)), "not run once, in order"
     outputs = [output for cell in cells for output in cell["outputs"]]
     assert not [output for output in outputs if output["output_type"] == "error"]
     assert not [output["text"] for output in outputs if output.get("name") == "stderr"]

@@ -1,4 +1,4 @@
-"""The street: what its rays hit, what its labels claim, and that a seed is all it depends on."""
+"""The street: what its rays hit, what its labels state, and that it depends on the seed alone."""
 
 import dataclasses
 import shutil
@@ -10,7 +10,6 @@ from scipy.spatial import cKDTree
 
 import data
 import synthetic
-import zeroflow
 from synthetic import PRESETS
 
 
@@ -22,41 +21,58 @@ def full_pair(tmp_path_factory) -> data.SweepPair:
 
 
 def files(folder) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+    found = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in found}
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_another_street(tmp_path):
+def test_the_same_seed_gives_the_same_bytes_and_another_one_another_street(tmp_path):
     settings = dataclasses.replace(PRESETS["teaching"], sweeps=2)
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         synthetic.write_logs(tmp_path / name, 2, dataclasses.replace(settings, seed=seed))
     a, b, c = (files(tmp_path / name) for name in "abc")
-    assert a == b and len(a) == 2 * 8  # a log: 2 sweeps, poses, boxes, calibration and 3 map files
-    sweeps = [content for made in (a, c) for name, content in made.items() if "/lidar/" in name]
-    assert len(sweeps) == len(set(sweeps)) == 8  # no two alike, neither of two seeds nor of two logs of one
+
+    # A log has 2 sweeps, poses, boxes, calibration and 3 map files.
+    assert a == b
+    assert len(a) == 2 * 8
+
+    # No two sweeps are alike, neither of two seeds nor of two logs of one seed.
+    sweeps = []
+    for made in (a, c):
+        sweeps += [content for name, content in made.items() if "/lidar/" in name]
+    assert len(sweeps) == len(set(sweeps)) == 8
 
 
-def test_logs_that_are_there_are_left_alone_and_unfinished_ones_are_made_anew(tmp_path):
+def test_finished_logs_are_left_alone_and_unfinished_ones_are_made_again(tmp_path):
     settings = dataclasses.replace(PRESETS["teaching"], sweeps=2)
     synthetic.write_logs(tmp_path, 1, settings)
     before = files(tmp_path)
-    shutil.copytree(tmp_path / "street-000-0000", tmp_path / ".killed" / "street-000-0001")  # and its sweeps are fewer
+
+    # What a killed process leaves behind: a hidden folder with a log that lacks a sweep.
+    shutil.copytree(tmp_path / "street-000-0000", tmp_path / ".killed" / "street-000-0001")
     next((tmp_path / ".killed").rglob("lidar/*.feather")).unlink()
-    assert len(data.open_dataset(tmp_path)) == 1  # half a log is no log
+    assert len(data.open_dataset(tmp_path)) == 1  # half a log is not read
+
     synthetic.write_logs(tmp_path, 2, settings)
     assert len(data.open_dataset(tmp_path)) == 2
-    after = {name: content for name, content in files(tmp_path).items() if not name.startswith(".killed")}
-    assert before.items() <= after.items() and len(after) == 2 * len(before)
+    every = files(tmp_path).items()
+    after = {name: content for name, content in every if not name.startswith(".killed")}
+    assert before.items() <= after.items()
+    assert len(after) == 2 * len(before)
 
 
-@pytest.mark.parametrize(("preset", "least", "most"), [("teaching", 1000, 2000), ("small", 5000, 7000)])
+@pytest.mark.parametrize(
+    ("preset", "least", "most"), [("teaching", 1000, 2000), ("small", 5000, 7000)]
+)
 def test_presets_have_the_points_they_promise(tmp_path, preset, least, most):
     synthetic.write_logs(tmp_path, 5, dataclasses.replace(PRESETS[preset], sweeps=2))
     for pair in data.open_dataset(tmp_path):
-        near = data.is_in_grid(pair.pc0, (25.6, 25.6, 1000.0))
-        assert least <= (~pair.is_ground0 & near).sum() <= most
-        seen = zeroflow.input_masks(pair)[0]
-        assert 0.1 < ((pair.category > 0) & seen).sum() / seen.sum() < 0.5
-        assert 0.02 < (pair.is_dynamic & seen).sum() / seen.sum() < 0.35
+        is_near = data.is_in_grid(pair.pc0, (25.6, 25.6, 1000.0))
+        assert least <= (~pair.is_ground0 & is_near).sum() <= most
+
+        # Of what a method sees, enough is labeled, and enough moves.
+        is_input, _ = data.input_masks(pair)
+        assert 0.1 < ((pair.category > 0) & is_input).sum() / is_input.sum() < 0.5
+        assert 0.02 < (pair.is_dynamic & is_input).sum() / is_input.sum() < 0.35
 
 
 def test_a_full_sweep_is_as_large_as_a_real_one(full_pair):
@@ -65,74 +81,123 @@ def test_a_full_sweep_is_as_large_as_a_real_one(full_pair):
 
 
 def test_no_single_thing_holds_most_of_a_sweep():
-    """At the start and at the end of a log; nor does one hold most of what is labelled."""
+    """At the start and at the end of a log. Nor does one thing hold most of the labeled points."""
     for number in range(12):
         street = synthetic.make_street(PRESETS["small"], number)
-        is_labelled = np.array([thing.category is not None for thing in street.things])
+        is_labeled = np.array([thing.category is not None for thing in street.things])
         for time_s in (0.0, 0.5):
-            sweep = synthetic.cast_sweep(street, time_s, PRESETS["small"], np.random.default_rng(0))
-            counts = np.bincount(sweep.thing[sweep.thing >= 0], minlength=len(street.things))
+            rng = np.random.default_rng(0)
+            sweep = synthetic.cast_sweep(street, time_s, PRESETS["small"], rng)
+            is_thing = sweep.thing >= 0
+            counts = np.bincount(sweep.thing[is_thing], minlength=len(street.things))
             assert counts.max() / counts.sum() < 0.3
-            assert counts[is_labelled].max() / counts[is_labelled].sum() < 0.4
+            assert counts[is_labeled].max() / counts[is_labeled].sum() < 0.4
 
 
 def test_rays_end_on_the_surfaces_they_hit():
-    """Without noise every point lies on the ground, or on a part of the thing it is said to lie on, and on its ray."""
+    """Without noise every point lies on the ground, or on a part of the thing that it names."""
     settings = dataclasses.replace(PRESETS["small"], range_noise_m=0.0, dropout=0.0)
     street = synthetic.make_street(settings, 3)
     sweep = synthetic.cast_sweep(street, 0.2, settings, np.random.default_rng(0))
     points = data.transform(street.street_SE3_ego(0.2), sweep.points)
+
+    # A ray lands within 5 mm above the ground.
     on_ground = points[sweep.thing == -1]
-    np.testing.assert_allclose(on_ground[:, 2], street.ground_z(on_ground[:, 0], on_ground[:, 1]), atol=0.01)
+    ground_z = street.ground_z(on_ground[:, 0], on_ground[:, 1])
+    np.testing.assert_allclose(on_ground[:, 2], ground_z, atol=0.01)
     assert len(on_ground) > 500
+
+    # In units of its half sizes, a box has 1 as the largest coordinate, an ellipsoid as the length.
     for index in np.unique(sweep.thing[sweep.thing >= 0]):
         thing = street.things[index]
-        local = data.transform(np.linalg.inv(street.street_SE3_thing(thing, 0.2)), points[sweep.thing == index])
+        thing_SE3_street = np.linalg.inv(street.street_SE3_thing(thing, 0.2))
+        local = data.transform(thing_SE3_street, points[sweep.thing == index])
         off_surface = []
         for part in thing.parts:
             scaled = np.abs(local - part.center) / part.half
-            size = scaled.max(axis=1) if part.shape == synthetic.BOX else np.linalg.norm(scaled, axis=1)
+            is_box = part.shape == synthetic.BOX
+            size = scaled.max(axis=1) if is_box else np.linalg.norm(scaled, axis=1)
             off_surface.append(np.abs(size - 1))
         assert np.min(off_surface, axis=0).max() < 1e-6, thing
 
 
 def test_nearer_things_hide_farther_ones():
-    """A wall at 5 m before a wall at 8 m: the lidar sees the first and, over its top, the second."""
-    wall = synthetic.Part(synthetic.BOX, (0, 0, 1.0), (0.1, 20, 1.0))
+    """A low wall at 5 m before a high one at 8 m: the lidar sees the second above the first."""
+    low = synthetic.Part(synthetic.BOX, (0, 0, 1.0), (0.1, 20, 1.0))
     high = synthetic.Part(synthetic.BOX, (0, 0, 5.0), (0.1, 20, 5.0))
-    things = [synthetic.Thing((high,), 8.0, 0.0), synthetic.Thing((wall,), 5.0, 0.0)]
+    things = [synthetic.Thing((high,), 8.0, 0.0), synthetic.Thing((low,), 5.0, 0.0)]
     street = synthetic.Street(0.0, np.zeros((1, 4)), things, 0.0)
     settings = synthetic.StreetSettings(azimuths=360, range_m=50, range_noise_m=0.0, dropout=0.0)
     sweep = synthetic.cast_sweep(street, 0.0, settings, np.random.default_rng(0))
-    ahead = np.abs(np.arctan2(sweep.points[:, 1], sweep.points[:, 0])) < 0.5
-    far = sweep.points[ahead & (sweep.thing == 0)]
-    assert len(far) and len(sweep.points[ahead & (sweep.thing == 1)])
-    # The lidars hang at most 1.97 m high, below the wall's 2 m: what passes over it rises on.
+    is_ahead = np.abs(np.arctan2(sweep.points[:, 1], sweep.points[:, 0])) < 0.5
+    far = sweep.points[is_ahead & (sweep.thing == 0)]
+    near = sweep.points[is_ahead & (sweep.thing == 1)]
+    assert len(far) and len(near)
+
+    # The lidars are at most 1.97 m above the ground, below the wall's 2 m, so a ray that passes
+    # over the wall keeps rising.
     assert far[:, 2].min() > 2.0 - synthetic.EGO_HEIGHT_M
 
 
+def test_a_wall_hides_the_ground_behind_it_up_to_its_edges():
+    """Six meters of wall, 2 m high and 8 m ahead: only a small part of the turn can see it."""
+    wall = synthetic.Part(synthetic.BOX, (0, 0, 1.0), (0.1, 3.0, 1.0))
+    thing = synthetic.Thing((wall,), 8.0, 0.0)
+    street = synthetic.Street(0.0, np.zeros((1, 4)), [thing], 0.0)
+    settings = synthetic.StreetSettings(range_m=50, range_noise_m=0.0, dropout=0.0)
+    sweep = synthetic.cast_sweep(street, 0.0, settings, np.random.default_rng(0))
+    on_wall = sweep.points[sweep.thing == 0]
+    assert on_wall[:, 1].min() < -2.98 and on_wall[:, 1].max() > 2.98
+
+    # Where does the ray to a ground point cross the front of the wall? The lidars are at x = 1.35.
+    ground = sweep.points[sweep.thing == -1]
+    behind = ground[ground[:, 0] > 8.1]
+    crossing_y = behind[:, 1] * (7.9 - 1.35) / (behind[:, 0] - 1.35)
+    assert len(behind) > 1000
+    assert np.abs(crossing_y).min() > 3.0
+
+
+def test_each_laser_has_its_elevation_and_the_lower_lidar_hangs_upside_down():
+    settings = dataclasses.replace(PRESETS["small"], range_noise_m=0.0)
+    street = synthetic.make_street(settings, 0)
+    sweep = synthetic.cast_sweep(street, 0.0, settings, np.random.default_rng(0))
+    for lidar, (origin, sign) in enumerate(zip(synthetic.LIDAR_ORIGINS, (1, -1), strict=True)):
+        is_mine = sweep.laser // 32 == lidar
+        x, y, z = (sweep.points[is_mine] - origin).T
+        expected = sign * synthetic.BEAM_ELEVATIONS_DEG[sweep.laser[is_mine] % 32]
+        np.testing.assert_allclose(np.degrees(np.arctan2(z, np.hypot(x, y))), expected, atol=1e-6)
+
+
 def test_true_flow_carries_moving_points_onto_the_surfaces_of_sweep_1(full_pair):
-    is_moving = full_pair.is_dynamic & full_pair.is_valid & ~full_pair.is_ground0 & data.is_in_grid(full_pair.pc0)
-    target = cKDTree(full_pair.pc1[~full_pair.is_ground1].numpy())
-    start = full_pair.pc0[is_moving]
-    before, after = (target.query(points.numpy())[0] for points in (start, start + full_pair.flow[is_moving]))
+    is_moving = full_pair.is_dynamic & full_pair.is_valid & ~full_pair.is_ground0
+    is_moving &= data.is_in_grid(full_pair.pc0)
     assert is_moving.sum() > 1000
-    assert np.mean(before) > 0.2  # decimetres
-    assert np.median(after) < 0.05 and np.mean(after) < 0.1  # centimetres
+    start, flow = full_pair.pc0[is_moving], full_pair.flow[is_moving]
+    target = cKDTree(full_pair.pc1[~full_pair.is_ground1].numpy())
+    before, _ = target.query(start.numpy())
+    after, _ = target.query((start + flow).numpy())
+    assert np.mean(before) > 0.2  # decimeters
+    assert np.median(after) < 0.05 and np.mean(after) < 0.1  # centimeters
 
 
-def test_boxes_hold_what_was_cast_and_tell_the_motion_that_was_meant(full_pair):
-    """Nothing that moves is left outside its box, and pedestrians walk while cars drive."""
+def test_boxes_hold_what_was_cast_and_give_the_motion_that_was_meant(full_pair):
+    """No moving point is left outside its box. Pedestrians walk, and cars drive."""
     speeds = {}
     for name in ("PEDESTRIAN", "REGULAR_VEHICLE"):
-        mine = (full_pair.category == data.CATEGORIES.index(name)) & full_pair.is_dynamic
-        speeds[name] = (10 * full_pair.flow[mine].norm(dim=1)).unique()
+        is_mover = full_pair.category == data.CATEGORIES.index(name)
+        is_mover &= full_pair.is_dynamic
+        speeds[name] = (10 * full_pair.flow[is_mover].norm(dim=1)).unique()  # m/s
     assert 0.5 < speeds["PEDESTRIAN"].min() and speeds["PEDESTRIAN"].max() < 2.5
     assert 3 < speeds["REGULAR_VEHICLE"].min() and speeds["REGULAR_VEHICLE"].max() < 20
-    settings = dataclasses.replace(PRESETS["full"], sweeps=2)  # as full_pair was made: cast its first sweep again
+
+    # Cast the first sweep of full_pair again, to learn which thing each point belongs to.
+    settings = dataclasses.replace(PRESETS["full"], sweeps=2)
     street = synthetic.make_street(settings, 0)
     sweep = synthetic.cast_sweep(street, 0.0, settings, np.random.default_rng([0, 0, 1]))
-    moves = np.array([thing.s_mps != 0 or thing.left_mps != 0 for thing in street.things] + [False])[sweep.thing]
-    moves = torch.from_numpy(moves) & ~full_pair.is_ground0
-    assert len(moves) == len(full_pair.pc0)
-    assert (full_pair.category[moves] > 0).float().mean() > 0.995  # range noise puts a few points outside
+    is_mover = [thing.s_mps != 0 or thing.left_mps != 0 for thing in street.things]
+    is_mover.append(False)  # the ground, which is thing -1
+    is_moving = torch.from_numpy(np.array(is_mover)[sweep.thing]) & ~full_pair.is_ground0
+    assert len(is_moving) == len(full_pair.pc0)
+
+    # Range noise puts a few points outside.
+    assert (full_pair.category[is_moving] > 0).float().mean() > 0.995

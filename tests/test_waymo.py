@@ -1,4 +1,7 @@
-"""The Waymo reader on a small data set in the published schema: points by a loop over pixels, flow by hand."""
+"""The Waymo reader on a small data set in the published schema.
+
+Points are compared with a loop over pixels, and flow with arithmetic by hand.
+"""
 
 import math
 import tracemalloc
@@ -10,6 +13,7 @@ import torch
 from pyarrow import parquet
 from scipy.spatial.transform import Rotation
 
+import clouds
 import data
 import waymo
 
@@ -19,7 +23,7 @@ INCLINATIONS = np.array([-0.31, -0.2, -0.12, -0.05, 0.0, 0.04])  # ascending, as
 
 
 def pose(roll, pitch, yaw, x, y, z) -> np.ndarray:
-    """(4, 4), by turns about the moving axes: yaw, then pitch, then roll."""
+    """(4, 4), rotated about the moving axes: yaw, then pitch, then roll."""
     target_SE3_source = np.eye(4)
     target_SE3_source[:3, :3] = Rotation.from_euler("ZYX", [yaw, pitch, roll]).as_matrix()
     target_SE3_source[:3, 3] = x, y, z
@@ -30,10 +34,19 @@ VEHICLE_SE3_LIDAR = pose(0.01, -0.02, 2.58, 1.43, 0.1, 2.184)
 
 
 def drive(time: float) -> tuple[float, ...]:
-    """Roll, pitch, yaw, x, y, z of the vehicle in the world, `time` in sweeps: turning at 30°/s, 15 km away, level at
-    the time stamps and not between them."""
+    """Roll, pitch, yaw, x, y, z of the vehicle in the world, `time` in sweeps.
+
+    It turns at 30°/s, 15 km from the origin, and is level at the time stamps but not between them.
+    """
     tilt = math.sin(math.pi * time)
-    return 0.03 * tilt, -0.02 * tilt, 0.5 + math.radians(3) * time, -12_000 + 1.5 * time, 9_000 + 0.4 * time, 40 - time
+    return (
+        0.03 * tilt,
+        -0.02 * tilt,
+        0.5 + math.radians(3) * time,
+        -12_000 + 1.5 * time,
+        9_000 + 0.4 * time,
+        40 - time,
+    )
 
 
 def world_SE3_vehicle(i: int) -> np.ndarray:
@@ -41,7 +54,7 @@ def world_SE3_vehicle(i: int) -> np.ndarray:
 
 
 def ranges_of(i: int) -> np.ndarray:
-    """(H, W): a tenth of the pixels is -1 and a tenth 0, which both say that nothing came back."""
+    """(H, W): a tenth of the pixels is -1 and a tenth 0, which both mean that nothing came back."""
     rng = np.random.default_rng(i)
     ranges = rng.uniform(4, 60, (H, W))
     ranges[rng.random((H, W)) < 0.1] = -1
@@ -50,13 +63,20 @@ def ranges_of(i: int) -> np.ndarray:
 
 
 def pixel_poses_of(i: int) -> np.ndarray:
-    """(H, W, 6) float32: the sweep begins half a turn before its time stamp and ends half a turn after it."""
-    poses = np.array([drive(i + (column + 0.5) / W - 0.5) for column in range(W)], dtype=np.float32)
+    """(H, W, 6) float32: from half a turn before the time stamp to half a turn after it."""
+    poses = [drive(i + (column + 0.5) / W - 0.5) for column in range(W)]
+    poses = np.array(poses, dtype=np.float32)
     return np.broadcast_to(poses, (H, W, 6))
 
 
-def points_by_hand(i: int, pixel_poses: np.ndarray, inclinations=INCLINATIONS, frame_pose=None) -> np.ndarray:
-    """Sweep i in its own vehicle frame, pixel by pixel: a stick along x, tilted, turned, mounted, driven and back."""
+def points_by_hand(
+    i: int, pixel_poses: np.ndarray, inclinations=INCLINATIONS, frame_pose=None
+) -> np.ndarray:
+    """Sweep i in its own vehicle frame, pixel by pixel.
+
+    Each is a stick along x that is tilted, turned, mounted on the vehicle, driven with it, and seen
+    from the vehicle at the time stamp.
+    """
     frame_pose = world_SE3_vehicle(i) if frame_pose is None else frame_pose
     mounted_yaw = math.atan2(VEHICLE_SE3_LIDAR[1, 0], VEHICLE_SE3_LIDAR[0, 0])
     points = []
@@ -73,19 +93,26 @@ def points_by_hand(i: int, pixel_poses: np.ndarray, inclinations=INCLINATIONS, f
     return np.array(points)
 
 
-# --- Points and poses ------------------------------------------------------------------------------------------------
+# --- Points and poses -----------------------------------------------------------------------------
 
 
 def test_one_pixel_by_hand():
-    """A lidar mounted at 90° to the left, 1 m ahead and 2 m up; column 1 of 4 looks ahead and left by 45°."""
+    """A lidar mounted at 90° to the left, 1 m ahead and 2 m up.
+
+    Column 1 of 4 looks ahead and left by 45°.
+    """
     ranges = np.array([[0, 0, 0, -1.0], [0, 10, 0, 0]])
     vehicle_SE3_lidar = np.array([[0, -1, 0, 1], [1, 0, 0, 0], [0, 0, 1, 2], [0, 0, 0, 1.0]])
     inclinations = np.array([0.0, math.radians(30)])
-    level = waymo.range_image_to_points(ranges, np.zeros((2, 4, 6)), inclinations, vehicle_SE3_lidar, np.eye(4))
-    np.testing.assert_allclose(level, [[1 + 10 * math.sqrt(0.5), 10 * math.sqrt(0.5), 2]], atol=1e-12)
-    up = waymo.range_image_to_points(ranges[::-1], np.zeros((2, 4, 6)), inclinations, vehicle_SE3_lidar, np.eye(4))
+    geometry = np.zeros((2, 4, 6)), inclinations, vehicle_SE3_lidar, np.eye(4)
+    level = waymo.range_image_to_points(ranges, *geometry)
+    side = 10 * math.sqrt(0.5)
+    np.testing.assert_allclose(level, [[1 + side, side, 2]], atol=1e-12)
+    up = waymo.range_image_to_points(ranges[::-1], *geometry)
     side = 10 * math.cos(math.radians(30)) * math.sqrt(0.5)
-    np.testing.assert_allclose(up, [[1 + side, side, 2 + 5]], atol=1e-12)  # row 0 is the highest beam
+    np.testing.assert_allclose(
+        up, [[1 + side, side, 2 + 5]], atol=1e-12
+    )  # row 0 is the highest beam
 
 
 @pytest.mark.parametrize(
@@ -103,36 +130,43 @@ def test_one_pixel_by_hand():
 def test_a_pair_is_the_ray_of_every_pixel_from_where_the_vehicle_was_then(tmp_path, options):
     write_segment(tmp_path, **options)
     pairs = waymo.WaymoPairs(tmp_path)
-    assert pairs.keys == [data.PairKey("seg", STAMPS[i] * 1000, STAMPS[i + 1] * 1000) for i in (0, 1)]
+    assert pairs.pair_keys == [
+        data.PairKey("seg", STAMPS[i] * 1000, STAMPS[i + 1] * 1000) for i in (0, 1)
+    ]
     frame_poses = [world_SE3_vehicle(i) for i in (0, 1)]
     if "pose_type" in options:
         frame_poses = [frame_pose.astype(np.float32).astype(float) for frame_pose in frame_poses]
     beams = INCLINATIONS
     if "inclinations" in options:  # six equal steps from -0.31 to 0.04, at their middles
         beams = [-0.31 + 0.35 * step / 12 for step in (1, 3, 5, 7, 9, 11)]
-    points0, points1 = (points_by_hand(i, pixel_poses_of(i), beams, frame_poses[i]) for i in (0, 1))
+    points0 = points_by_hand(0, pixel_poses_of(0), beams, frame_poses[0])
+    points1 = points_by_hand(1, pixel_poses_of(1), beams, frame_poses[1])
     ego0_SE3_ego1 = np.linalg.solve(frame_poses[0], frame_poses[1])
     pair = pairs[0]
-    assert pair.key == pairs.keys[0] and pair.pc0.dtype == pair.pc1.dtype == torch.float32
+    assert pair.key == pairs.pair_keys[0] and pair.pc0.dtype == pair.pc1.dtype == torch.float32
     np.testing.assert_allclose(pair.pc0, points0, atol=2e-5)
-    np.testing.assert_allclose(pair.pc1, points1 @ ego0_SE3_ego1[:3, :3].T + ego0_SE3_ego1[:3, 3], atol=2e-5)
+    points1_in_ego0 = points1 @ ego0_SE3_ego1[:3, :3].T + ego0_SE3_ego1[:3, 3]
+    np.testing.assert_allclose(pair.pc1, points1_in_ego0, atol=2e-5)
     np.testing.assert_allclose(pair.ego1_SE3_ego0, np.linalg.inv(ego0_SE3_ego1), atol=1e-6)
     assert pair.ego1_SE3_ego0.dtype == torch.float64
     assert pair.flow is None  # no boxes were written
 
 
-def test_poses_of_pixels_are_good_to_a_millimetre_as_float32_is_15_km_away(tmp_path):
+def test_points_are_exact_to_a_millimeter_as_float32_poses_are_at_15_km(tmp_path):
     write_segment(tmp_path)
     poses = np.array([drive((column + 0.5) / W - 0.5) for column in range(W)])
-    error = waymo.WaymoPairs(tmp_path)[0].pc0.numpy() - points_by_hand(0, np.broadcast_to(poses, (H, W, 6)))
+    exact = points_by_hand(0, np.broadcast_to(poses, (H, W, 6)))
+    error = waymo.WaymoPairs(tmp_path)[0].pc0.numpy() - exact
     assert 1e-4 < np.abs(error).max() < 1e-3
-    at_rest = points_by_hand(0, np.broadcast_to(np.array(drive(0.0)), (H, W, 6)))
-    assert np.linalg.norm(at_rest - points_by_hand(0, pixel_poses_of(0)), axis=1).max() > 0.5  # what they are for
+    # With one pose for all pixels, points would be wrong by decimeters.
+    with_one_pose = points_by_hand(0, np.broadcast_to(np.array(drive(0.0)), (H, W, 6)))
+    error = np.linalg.norm(with_one_pose - points_by_hand(0, pixel_poses_of(0)), axis=1)
+    assert error.max() > 0.5
 
 
 def test_each_sweeps_ground_is_found_in_its_own_vehicle_frame(tmp_path, monkeypatch):
     write_segment(tmp_path)
-    monkeypatch.setattr(data, "is_ground_without_map", lambda points: points[:, 2] < 1.0)
+    monkeypatch.setattr(clouds, "is_ground_without_map", lambda points: points[:, 2] < 1.0)
     pair = waymo.WaymoPairs(tmp_path)[0]
     for i, is_ground in enumerate((pair.is_ground0, pair.is_ground1)):
         expected = points_by_hand(i, pixel_poses_of(i))[:, 2] < 1.0
@@ -151,14 +185,16 @@ def test_a_pair_changed_in_place_leaves_the_next_pair_alone(tmp_path):
     assert torch.equal(pairs[1].pc0, kept[0]) and torch.equal(pairs[1].is_ground0, kept[1])
 
 
-# --- True flow -------------------------------------------------------------------------------------------------------
+# --- True flow ------------------------------------------------------------------------------------
 
 
 def box(stamp: int, track: str, vehicle_SE3_box: np.ndarray, kind: int = 1, count: int = 9) -> dict:
     """A box of 4 x 2 x 2 m."""
     heading = math.atan2(vehicle_SE3_box[1, 0], vehicle_SE3_box[0, 0])
-    sizes = {f"[LiDARBoxComponent].box.size.{axis}": size for axis, size in zip("xyz", (4.0, 2.0, 2.0), strict=True)}
-    centre = {f"[LiDARBoxComponent].box.center.{axis}": vehicle_SE3_box[k, 3] for k, axis in enumerate("xyz")}
+    part = "[LiDARBoxComponent].box"
+    sizes = {f"{part}.size.x": 4.0, f"{part}.size.y": 2.0, f"{part}.size.z": 2.0}
+    x, y, z = vehicle_SE3_box[:3, 3]
+    center = {f"{part}.center.x": x, f"{part}.center.y": y, f"{part}.center.z": z}
     return {
         "key.frame_timestamp_micros": STAMPS[stamp],
         "key.laser_object_id": track,
@@ -166,18 +202,24 @@ def box(stamp: int, track: str, vehicle_SE3_box: np.ndarray, kind: int = 1, coun
         "[LiDARBoxComponent].type": kind,
         "[LiDARBoxComponent].num_lidar_points_in_box": count,
         **sizes,
-        **centre,
+        **center,
     }
 
 
 def test_a_fast_car_has_its_own_displacement_and_a_parked_one_none_while_the_ego_turns(tmp_path):
     points = points_by_hand(0, pixel_poses_of(0))
-    far_apart = [k for k, point in enumerate(points) if (np.linalg.norm(points - point, axis=1) < 5).sum() == 1]
-    fast, parked, gone = far_apart[:3]
+    lonely = []  # points without another one within 5 m
+    for k, point in enumerate(points):
+        if (np.linalg.norm(points - point, axis=1) < 5).sum() == 1:
+            lonely.append(k)
+    fast, parked, gone = lonely[:3]
     ego0_SE3_ego1 = np.linalg.solve(world_SE3_vehicle(0), world_SE3_vehicle(1))
     ego1_SE3_ego0 = np.linalg.inv(ego0_SE3_ego1)
-    fast0, parked0, gone0 = (pose(0, 0, yaw, *points[k]) for yaw, k in ((0.7, fast), (-2.0, parked), (1.0, gone)))
-    fast0[:3, 3] += fast0[:3, :3] @ [-1.5, 0.8, 0.5]  # so that the point sits at the car's front, not in its middle
+    fast0 = pose(0, 0, 0.7, *points[fast])
+    parked0 = pose(0, 0, -2.0, *points[parked])
+    gone0 = pose(0, 0, 1.0, *points[gone])
+    # The point is at the car's front, not in its middle.
+    fast0[:3, 3] += fast0[:3, :3] @ [-1.5, 0.8, 0.5]
     step = pose(0, 0, 0.1, 2.5, 0, 0)  # in 0.1 s: 2.5 m forward, 0.1 rad to the left
     boxes = [
         box(0, "fast", fast0),
@@ -188,8 +230,12 @@ def test_a_fast_car_has_its_own_displacement_and_a_parked_one_none_while_the_ego
     ]
     write_segment(tmp_path, boxes=boxes)
     pair = waymo.WaymoPairs(tmp_path)[0]
-    x, y = 1.5, -0.8  # the point in the car: [2.5, 0] + turned by 0.1 rad - itself, then seen along the ego's axes
-    in_car = [2.5 + x * math.cos(0.1) - y * math.sin(0.1) - x, x * math.sin(0.1) + y * math.cos(0.1) - y, 0]
+    # The point in the car's frame moves by [2.5, 0] + (itself turned by 0.1 rad) - itself. That is
+    # then expressed along the axes of the ego.
+    x, y = 1.5, -0.8
+    dx = 2.5 + x * math.cos(0.1) - y * math.sin(0.1) - x
+    dy = x * math.sin(0.1) + y * math.cos(0.1) - y
+    in_car = [dx, dy, 0]
     expected = fast0[:3, :3] @ in_car
     assert np.linalg.norm(expected) > 2.4
     np.testing.assert_allclose(pair.flow[fast], expected, atol=1e-5)
@@ -202,12 +248,17 @@ def test_a_fast_car_has_its_own_displacement_and_a_parked_one_none_while_the_ego
     assert (~pair.is_valid).nonzero().flatten().tolist() == [gone]
 
 
-def test_a_box_that_no_point_lies_in_is_no_box_and_signs_are_signs(tmp_path):
+def test_a_box_without_points_does_not_count_and_signs_are_signs(tmp_path):
     point = points_by_hand(0, pixel_poses_of(0))[0]
-    for counts, category, is_valid in (((5, 5), "SIGN", True), ((5, 0), "SIGN", False), ((0, 5), "NONE", True)):
+    here = pose(0, 0, 0, *point)
+    for counts, category, is_valid in (
+        ((5, 5), "SIGN", True),
+        ((5, 0), "SIGN", False),
+        ((0, 5), "NONE", True),
+    ):
         folder = tmp_path / str(counts)
-        here = pose(0, 0, 0, *point)
-        write_segment(folder, boxes=[box(i, "sign", here, kind=3, count=count) for i, count in enumerate(counts)])
+        boxes = [box(i, "sign", here, kind=3, count=count) for i, count in enumerate(counts)]
+        write_segment(folder, boxes=boxes)
         pair = waymo.WaymoPairs(folder)[0]
         assert (data.CATEGORIES[pair.category[0]], pair.is_valid[0].item()) == (category, is_valid)
 
@@ -219,10 +270,11 @@ def test_without_boxes_there_is_no_truth_and_an_empty_file_of_boxes_is_all_backg
         pair = waymo.WaymoPairs(tmp_path / split, true_flow)[0]
         assert [pair.flow, pair.category, pair.is_dynamic, pair.is_valid] == [None] * 4
     pair = waymo.WaymoPairs(tmp_path / "training")[0]
-    assert pair.flow.shape == pair.pc0.shape and pair.flow.abs().max() == 0 and pair.is_valid.all()
+    assert pair.flow.shape == pair.pc0.shape and pair.flow.abs().max() == 0
+    assert pair.is_valid.all()
 
 
-# --- Opening ---------------------------------------------------------------------------------------------------------
+# --- Opening --------------------------------------------------------------------------------------
 
 
 def test_open_dataset_knows_a_split_by_its_folders_and_draws_pairs_from_it(tmp_path):
@@ -230,41 +282,48 @@ def test_open_dataset_knows_a_split_by_its_folders_and_draws_pairs_from_it(tmp_p
     with pytest.raises(data.DataError, match="holds the splits validation; choose one"):
         data.open_dataset(tmp_path)
     pairs = data.open_dataset(tmp_path / "validation", ground="points")
-    assert isinstance(pairs, waymo.WaymoPairs) and pairs.stamps == {"seg": [1000 * stamp for stamp in STAMPS]}
+    assert isinstance(pairs, waymo.WaymoPairs)
+    assert pairs.stamps == {"seg": [1000 * stamp for stamp in STAMPS]}
     assert pairs[0].flow is None and len(pairs) == 2
     one = data.open_dataset(tmp_path / "validation", pairs_per_log=1)
-    assert one.keys == data.open_dataset(tmp_path / "validation", sweeps_per_log=2).keys == pairs.keys[:1]
+    first = data.open_dataset(tmp_path / "validation", sweeps_per_log=2)
+    assert one.pair_keys == first.pair_keys == pairs.pair_keys[:1]
     for option in ({"ground": "raster"}, {"poses": "p"}, {"rate_hz": 5}):
-        with pytest.raises(data.DataError, match=f"validation: {next(iter(option))} .* is not for Waymo's"):
+        message = f"validation: {next(iter(option))} .* is not for Waymo's"
+        with pytest.raises(data.DataError, match=message):
             data.open_dataset(tmp_path / "validation", **option)
 
 
-def test_repeated_stamps_and_gaps_are_no_pairs_and_opening_reads_no_image(tmp_path):
+def test_repeated_stamps_and_gaps_do_not_form_pairs_and_opening_reads_no_image(tmp_path):
     start = STAMPS[0]
-    stamps = [start + 1000 * ms for ms in (0, 100, 100, 200, 400, 540)]  # gaps of 0.1, 0, 0.1, 0.2 and 0.14 s
+    # The gaps are 0.1, 0, 0.1, 0.2 and 0.14 s.
+    stamps = [start + 1000 * ms for ms in (0, 100, 100, 200, 400, 540)]
     write_segment(tmp_path, pose_stamps=stamps[::-1])
     for tag in ("lidar", "lidar_pose", "lidar_calibration"):
         (tmp_path / tag / "seg.parquet").write_text("never read")
     (tmp_path / "lidar" / ".other.parquet").write_text("still being copied")
     pairs = waymo.WaymoPairs(tmp_path)
-    gaps = [(key.timestamp0_ns // 1000 - start, key.timestamp1_ns // 1000 - start) for key in pairs.keys]
-    assert gaps == [(0, 100_000), (100_000, 200_000), (400_000, 540_000)]
+    found = []
+    for key in pairs.pair_keys:
+        found.append((key.timestamp0_ns // 1000 - start, key.timestamp1_ns // 1000 - start))
+    assert found == [(0, 100_000), (100_000, 200_000), (400_000, 540_000)]
     assert len(pairs.skipped) == 2
-    assert f"no pair at {start * 1000 + 10**8}: the next sweep is 0.00 s later" in pairs.skipped[0]
-    assert f"no pair at {start * 1000 + 2 * 10**8}: the next sweep is 0.20 s later" in pairs.skipped[1]
+    repeated, late = start * 1000 + 10**8, start * 1000 + 2 * 10**8
+    assert f"no pair at {repeated}: the next sweep is 0.00 s later" in pairs.skipped[0]
+    assert f"no pair at {late}: the next sweep is 0.20 s later" in pairs.skipped[1]
 
 
 def test_a_split_without_a_pair_says_so(tmp_path):
     write_segment(tmp_path, pose_stamps=STAMPS[:1])
-    with pytest.raises(data.DataError, match="no two consecutive sweeps in 1 segments"):
+    with pytest.raises(data.DataError, match="no two consecutive sweeps in 1 logs"):
         data.open_dataset(tmp_path)
 
 
-# --- Reading little --------------------------------------------------------------------------------------------------
+# --- Reading little -------------------------------------------------------------------------------
 
 
 def test_row_groups_of_other_sweeps_and_lasers_are_not_read(tmp_path):
-    """All values of what the pair does not need are overwritten on the disk, and it reads as before."""
+    """Everything that the pair does not need is overwritten on disk, and it is read as before."""
     for name in ("whole", "torn"):
         write_segment(tmp_path / name, row_group_size=1)
     file = tmp_path / "torn" / "lidar" / "seg.parquet"
@@ -273,10 +332,13 @@ def test_row_groups_of_other_sweeps_and_lasers_are_not_read(tmp_path):
     for group, key in enumerate(keys):
         for k in range(opened.metadata.num_columns):
             chunk = opened.metadata.row_group(group).column(k)
-            is_needed = key["key.laser_name"] == 1 and key["key.frame_timestamp_micros"] in STAMPS[1:]
-            if chunk.path_in_schema.startswith("[") and (not is_needed or "return2" in chunk.path_in_schema):
+            is_top = key["key.laser_name"] == 1
+            is_needed = is_top and key["key.frame_timestamp_micros"] in STAMPS[1:]
+            is_needed &= "return2" not in chunk.path_in_schema
+            if chunk.path_in_schema.startswith("[") and not is_needed:
                 start = chunk.dictionary_page_offset or chunk.data_page_offset
-                content[start : start + chunk.total_compressed_size] = bytes(chunk.total_compressed_size)
+                size = chunk.total_compressed_size
+                content[start : start + size] = bytes(size)
     file.write_bytes(content)
     torn = waymo.WaymoPairs(tmp_path / "torn")
     assert torch.equal(torn[1].pc0, waymo.WaymoPairs(tmp_path / "whole")[1].pc0)
@@ -286,8 +348,8 @@ def test_row_groups_of_other_sweeps_and_lasers_are_not_read(tmp_path):
 
 def test_a_disk_that_fails_once_is_named_and_the_next_try_reads_on(tmp_path, monkeypatch):
     write_segment(tmp_path / "good")
-    write_segment(tmp_path / "moody")  # both of one row group, where sweep 0 is row 0
-    pairs = waymo.WaymoPairs(tmp_path / "moody")
+    write_segment(tmp_path / "failing")  # both have one row group, in which sweep 0 is row 0
+    pairs = waymo.WaymoPairs(tmp_path / "failing")
 
     def fails_once(self, *arguments, **named):
         for batch in iter_batches(self, *arguments, **named):
@@ -297,7 +359,8 @@ def test_a_disk_that_fails_once_is_named_and_the_next_try_reads_on(tmp_path, mon
 
     failures, iter_batches = ["stale file handle"], parquet.ParquetFile.iter_batches
     monkeypatch.setattr(parquet.ParquetFile, "iter_batches", fails_once)
-    with pytest.raises(data.DataError, match=r"lidar/seg.parquet: not a whole parquet file \(stale file handle\)"):
+    message = r"lidar/seg.parquet: not a whole parquet file \(stale file handle\)"
+    with pytest.raises(data.DataError, match=message):
         pairs[0]
     assert torch.equal(pairs[0].pc1, waymo.WaymoPairs(tmp_path / "good")[0].pc1)
 
@@ -309,7 +372,7 @@ def test_a_row_group_that_ends_early_does_not_end_a_loop_over_the_pairs(tmp_path
         list(waymo.WaymoPairs(tmp_path))
 
 
-def test_files_written_anew_for_reading_at_random_give_the_same_pairs(tmp_path):
+def test_files_rewritten_for_reading_in_random_order_give_the_same_pairs(tmp_path):
     """The recipe of the module's docstring."""
     for name in ("released", "new"):
         write_segment(tmp_path / name)
@@ -318,7 +381,8 @@ def test_files_written_anew_for_reading_at_random_give_the_same_pairs(tmp_path):
         top = parquet.read_table(file, filters=[("key.laser_name", "=", 1)])
         parquet.write_table(top, new_file, row_group_size=1)
         assert parquet.ParquetFile(new_file).num_row_groups == len(STAMPS)
-    for released, new in zip(waymo.WaymoPairs(tmp_path / "released"), waymo.WaymoPairs(tmp_path / "new"), strict=True):
+    pairs = [waymo.WaymoPairs(tmp_path / name) for name in ("released", "new")]
+    for released, new in zip(*pairs, strict=True):
         assert torch.equal(new.pc0, released.pc0) and torch.equal(new.pc1, released.pc1)
 
 
@@ -338,10 +402,16 @@ def test_the_order_of_visits_changes_nothing_and_memory_does_not_grow_with_them(
     assert all(cache.cache_info().maxsize <= 8 for cache in CACHES)
 
 
-CACHES = (waymo._read_sweep, waymo._Images, waymo._read_calibration, waymo._read_poses, waymo._read_boxes)
+CACHES = (
+    waymo._read_sweep,
+    waymo._Images,
+    waymo._read_calibration,
+    waymo._read_poses,
+    waymo._read_boxes,
+)
 
 
-# --- Broken files ----------------------------------------------------------------------------------------------------
+# --- Broken files ---------------------------------------------------------------------------------
 
 
 def _cut(file):
@@ -353,7 +423,9 @@ def _rows(change):
 
     def break_it(file):
         table = parquet.read_table(file)
-        parquet.write_table(pyarrow.Table.from_pylist(change(table.to_pylist()), table.schema), file)
+        parquet.write_table(
+            pyarrow.Table.from_pylist(change(table.to_pylist()), table.schema), file
+        )
 
     return break_it
 
@@ -377,13 +449,16 @@ IMAGE = "[LiDARComponent].range_image_return1"
 def _retyped(name, kind):
     def break_it(file):
         table = parquet.read_table(file)
-        texts = [[str(x) for x in v] if isinstance(v, list) else str(v) for v in table[name].to_pylist()]
+        texts = [
+            [str(x) for x in v] if isinstance(v, list) else str(v) for v in table[name].to_pylist()
+        ]
         values = pyarrow.array(texts, kind)
         parquet.write_table(table.set_column(table.column_names.index(name), name, values), file)
 
     return break_it
 
 
+BAD_BOX = "a box has a size or pose that is not a number"
 TRANSFORM = "[VehiclePoseComponent].world_from_vehicle.transform"
 
 
@@ -392,7 +467,11 @@ TRANSFORM = "[VehiclePoseComponent].world_from_vehicle.transform"
     [
         ("lidar", _cut, "not a whole parquet file .*; download it again"),
         ("lidar_pose", _cut, "not a whole parquet file"),
-        ("lidar_pose", lambda file: file.unlink(), "no such file; download this tag of the segment"),
+        (
+            "lidar_pose",
+            lambda file: file.unlink(),
+            "no such file; download this tag of the segment",
+        ),
         ("lidar", _drop_column, r"has no columns \['.*return1.shape'\]"),
         ("lidar", _rows(_without_top), f"no row of the TOP lidar at {STAMPS[0]} us"),
         ("lidar_pose", _rows(lambda rows: rows[:1]), f"no row of the TOP lidar at {STAMPS[1]} us"),
@@ -403,7 +482,11 @@ TRANSFORM = "[VehiclePoseComponent].world_from_vehicle.transform"
         ),
         ("lidar", _set(f"{IMAGE}.shape", [H, W * 2, 2]), r"960 values of shape \(6, 80, 2\)"),
         ("lidar", _set(f"{IMAGE}.values", None), "0 values of shape"),
-        ("lidar", _set(f"{IMAGE}.values", [-1.0] * H * W * 4), f"the sweep has no points at {STAMPS[0]} us"),
+        (
+            "lidar",
+            _set(f"{IMAGE}.values", [-1.0] * H * W * 4),
+            f"the sweep has no points at {STAMPS[0]} us",
+        ),
         (
             "lidar_pose",
             _set(f"{waymo.PIXEL_POSES}.shape", [W, H, 6]),
@@ -415,21 +498,29 @@ TRANSFORM = "[VehiclePoseComponent].world_from_vehicle.transform"
             _set(f"{waymo.INCLINATION}.values", [0.1]),
             "1 beam inclinations for range images of 6 rows",
         ),
-        ("vehicle_pose", _set(TRANSFORM, [1.0] * 16), "a transform in it is no pose .*no rotation"),
+        (
+            "vehicle_pose",
+            _set(TRANSFORM, [1.0] * 16),
+            "a transform in it is not a pose .*no(t a)? rotation",
+        ),
         ("vehicle_pose", _set(TRANSFORM, None), r"nulls in the columns \['.*transform'\]"),
-        ("lidar_box", _set("[LiDARBoxComponent].box.heading", math.nan), "a box has a size or pose that is no number"),
-        ("lidar_box", _set("[LiDARBoxComponent].box.size.x", math.nan), "a box has a size or pose that is no number"),
+        ("lidar_box", _set("[LiDARBoxComponent].box.heading", math.nan), BAD_BOX),
+        ("lidar_box", _set("[LiDARBoxComponent].box.size.x", math.nan), BAD_BOX),
         (
             "lidar_box",
             _retyped("[LiDARBoxComponent].box.heading", pyarrow.string()),
             r"the column .*heading is string; is it of Waymo",
         ),
-        ("vehicle_pose", _retyped(TRANSFORM, pyarrow.list_(pyarrow.string())), "the column .*transform is list<"),
+        (
+            "vehicle_pose",
+            _retyped(TRANSFORM, pyarrow.list_(pyarrow.string())),
+            "the column .*transform is list<",
+        ),
         ("lidar_box", _cut, "not a whole parquet file"),
         ("lidar_box", _set("[LiDARBoxComponent].type", 0), r"unknown types of boxes \[0\]"),
     ],
 )
-def test_a_broken_file_is_named_with_the_way_out(tmp_path, tag, break_it, message):
+def test_a_broken_file_is_named_together_with_the_remedy(tmp_path, tag, break_it, message):
     write_segment(tmp_path, boxes=[box(0, "car", np.eye(4))], lasers=(1, 2))
     break_it(tmp_path / tag / "seg.parquet")
     with pytest.raises(data.DataError, match=f"{tag}/seg.parquet: {message}"):
@@ -438,7 +529,9 @@ def test_a_broken_file_is_named_with_the_way_out(tmp_path, tag, break_it, messag
 
 def test_a_sweep_whose_pixels_have_no_pose_has_no_points(tmp_path):
     write_segment(tmp_path)
-    _set(f"{waymo.PIXEL_POSES}.values", [math.nan] * H * W * 6)(tmp_path / "lidar_pose" / "seg.parquet")
+    _set(f"{waymo.PIXEL_POSES}.values", [math.nan] * H * W * 6)(
+        tmp_path / "lidar_pose" / "seg.parquet"
+    )
     with pytest.raises(data.DataError, match="the sweep has no points"):
         waymo.WaymoPairs(tmp_path)[0]
 
@@ -451,15 +544,18 @@ def test_a_sweep_whose_pixels_have_no_pose_has_no_points(tmp_path):
         (_retyped("key.frame_timestamp_micros", pyarrow.string()), "timestamp_micros is string"),
     ],
 )
-def test_a_segment_without_time_stamps_costs_itself_and_not_the_split(tmp_path, break_it, message):
+def test_a_segment_without_time_stamps_is_skipped_and_the_others_are_read(
+    tmp_path, break_it, message
+):
     for name in ("a", "b"):
         write_segment(tmp_path)
         for tag in ("lidar", "lidar_pose", "lidar_calibration", "vehicle_pose"):
             (tmp_path / tag / "seg.parquet").rename(tmp_path / tag / f"{name}.parquet")
     break_it(tmp_path / "vehicle_pose" / "a.parquet")
     pairs = data.open_dataset(tmp_path)
-    assert {key.log_id for key in pairs.keys} == {"b"} and len(pairs[0].pc0)
-    assert len(pairs.skipped) == 1 and "vehicle_pose/a.parquet" in pairs.skipped[0] and message in pairs.skipped[0]
+    assert {key.log_id for key in pairs.pair_keys} == {"b"} and len(pairs[0].pc0)
+    assert len(pairs.skipped) == 1
+    assert "vehicle_pose/a.parquet" in pairs.skipped[0] and message in pairs.skipped[0]
 
 
 def test_a_pose_that_is_missing_makes_a_gap(tmp_path):
@@ -468,7 +564,7 @@ def test_a_pose_that_is_missing_makes_a_gap(tmp_path):
     assert len(pairs) == 0 and "the next sweep is 0.20 s later" in pairs.skipped[0]
 
 
-# --- A segment written in the published schema -----------------------------------------------------------------------
+# --- A segment written in the published schema ----------------------------------------------------
 
 KEYS = {"key.segment_context_name": pyarrow.string(), "key.frame_timestamp_micros": pyarrow.int64()}
 LASER = {"key.laser_name": pyarrow.int8()}
@@ -476,15 +572,17 @@ DOUBLE = pyarrow.float64()
 
 
 def image_columns(name: str) -> dict[str, pyarrow.DataType]:
-    return {f"{name}.values": pyarrow.list_(pyarrow.float32()), f"{name}.shape": pyarrow.list_(pyarrow.int32(), 3)}
+    values, shape = pyarrow.list_(pyarrow.float32()), pyarrow.list_(pyarrow.int32(), 3)
+    return {f"{name}.values": values, f"{name}.shape": shape}
 
 
 def image(name: str, values: np.ndarray) -> dict:
-    return {f"{name}.values": values.astype(np.float32).ravel().tolist(), f"{name}.shape": list(values.shape)}
+    numbers = values.astype(np.float32).ravel().tolist()
+    return {f"{name}.values": numbers, f"{name}.shape": list(values.shape)}
 
 
 def range_images(i: int, laser: int) -> dict:
-    """Both returns; of the short-range lidars 5 x 7 pixels, all 3 m away."""
+    """Both returns. The short-range lidars have 5 x 7 pixels, all of them 3 m away."""
     ranges = ranges_of(i) if laser == 1 else np.full((5, 7), 3.0)
     first = np.stack([ranges, ranges * 0 + 0.5, ranges * 0 + 0.2, ranges * 0 - 1], axis=-1)
     return image(IMAGE, first) | image("[LiDARComponent].range_image_return2", first + 1)
@@ -502,7 +600,10 @@ def write_segment(
     shuffle=False,
     row_group_size=None,
 ) -> None:
-    """A segment of the sweeps `ranges_of` at `drive`; each tag's columns and types spelt out as in the release."""
+    """A segment of the sweeps `ranges_of` at the poses `drive`.
+
+    Each tag's columns and their types are spelled out as in the release.
+    """
 
     def write(tag, columns, rows):
         rows = [{"key.segment_context_name": "seg", **row} for row in rows]
@@ -520,36 +621,43 @@ def write_segment(
     at = [{"key.frame_timestamp_micros": stamp} for stamp in stamps]
     top = {"key.laser_name": 1}
     both = image_columns(IMAGE) | image_columns("[LiDARComponent].range_image_return2")
-    images = [key | {"key.laser_name": laser} | range_images(i, laser) for i, key in enumerate(at) for laser in lasers]
+    images = []
+    for i, key in enumerate(at):
+        for laser in lasers:
+            images.append(key | {"key.laser_name": laser} | range_images(i, laser))
     write("lidar", KEYS | LASER | both, images)
     poses = [key | top | image(waymo.PIXEL_POSES, pixel_poses_of(i)) for i, key in enumerate(at)]
     write("lidar_pose", KEYS | LASER | image_columns(waymo.PIXEL_POSES), poses)
 
     stamp_of = {stamp: i for i, stamp in enumerate(stamps)}
-    poses = [
-        {"key.frame_timestamp_micros": stamp, TRANSFORM: world_SE3_vehicle(stamp_of.get(stamp, 0)).ravel().tolist()}
-        for stamp in (stamps if pose_stamps is None else pose_stamps)
-    ]
+    poses = []
+    for stamp in stamps if pose_stamps is None else pose_stamps:
+        numbers = world_SE3_vehicle(stamp_of.get(stamp, 0)).ravel().tolist()
+        poses.append({"key.frame_timestamp_micros": stamp, TRANSFORM: numbers})
     write("vehicle_pose", KEYS | {TRANSFORM: pyarrow.list_(pose_type, 16)}, poses)
 
     beams = "[LiDARCalibrationComponent].beam_inclination"
     extrinsic = "[LiDARCalibrationComponent].extrinsic.transform"
-    calibrations = [
-        {
-            "key.laser_name": laser,
-            extrinsic: (VEHICLE_SE3_LIDAR if laser == 1 else np.eye(4)).ravel().tolist(),
-            f"{beams}.min": INCLINATIONS[0] if laser == 1 else -1.5,
-            f"{beams}.max": INCLINATIONS[-1] if laser == 1 else 0.5,
-            f"{beams}.values": inclinations.tolist() if laser == 1 and inclinations is not None else None,
-        }
-        for laser in lasers
-    ]
-    numbers = {f"{beams}.min": DOUBLE, f"{beams}.max": DOUBLE, f"{beams}.values": pyarrow.list_(DOUBLE)}
-    context = {"key.segment_context_name": pyarrow.string()}
-    write("lidar_calibration", context | LASER | {extrinsic: pyarrow.list_(DOUBLE, 16)} | numbers, calibrations)
+    calibrations = []
+    for laser in lasers:
+        is_listed = laser == 1 and inclinations is not None
+        row = {"key.laser_name": laser}
+        row[extrinsic] = (VEHICLE_SE3_LIDAR if laser == 1 else np.eye(4)).ravel().tolist()
+        row[f"{beams}.min"] = INCLINATIONS[0] if laser == 1 else -1.5
+        row[f"{beams}.max"] = INCLINATIONS[-1] if laser == 1 else 0.5
+        row[f"{beams}.values"] = inclinations.tolist() if is_listed else None
+        calibrations.append(row)
+    columns = {"key.segment_context_name": pyarrow.string()} | LASER
+    columns |= {extrinsic: pyarrow.list_(DOUBLE, 16)}
+    columns |= {f"{beams}.min": DOUBLE, f"{beams}.max": DOUBLE}
+    columns |= {f"{beams}.values": pyarrow.list_(DOUBLE)}
+    write("lidar_calibration", columns, calibrations)
 
     if boxes is not None:
-        columns = {"key.laser_object_id": pyarrow.string(), "[LiDARBoxComponent].type": pyarrow.int8()}
+        columns = {
+            "key.laser_object_id": pyarrow.string(),
+            "[LiDARBoxComponent].type": pyarrow.int8(),
+        }
         columns |= {"[LiDARBoxComponent].num_lidar_points_in_box": pyarrow.int64()}
         parts = [f"{part}.{axis}" for part in ("center", "size") for axis in "xyz"]
         columns |= {f"[LiDARBoxComponent].box.{part}": DOUBLE for part in (*parts, "heading")}

@@ -1,0 +1,255 @@
+"""The whole method on a small street that needs no download: `python train.py` without --data.
+
+It writes a synthetic street (synthetic.py), lets the teacher label it (nsfp.py), trains the
+smallest student on the labels, and compares both with two baselines on logs that the student never
+saw. The street and its labels are kept in the user's cache folder.
+
+    python train.py --out run                      the demo; takes options of the trainer, too
+    python demo.py scaling-law --out law           error against the number of logs to learn from
+
+Labels, training and scores all use the grid of the smallest student: |x|, |y| < 25.6 m, |z| < 3 m.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import data
+import fastflow3d
+import labels
+import nsfp
+import synthetic
+import train
+import zeroflow
+from data import DataError
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """What the demo needs beside the settings of the trainer."""
+
+    train_logs: int = 30  # logs of the street to learn from
+    test_logs: int = 6  # logs of the street to compare on, which the student never sees
+    picture: str | None = None  # draw an unseen pair from above into this PNG or PDF file
+
+
+GRID = fastflow3d.MODELS["narrow"].half_extent_m
+STREET = synthetic.PRESETS["small"]
+TRAIN_SEED, TEST_SEED = 0, 1  # of the street's logs
+
+# Half the work of `fast`. On the street, points are so sparse that the points of one object, and a
+# moved point and sweep 1, are farther apart.
+_SPARSE = {"cluster_reach": 0.8, "cluster_points": 5, "confirm_reach": 0.5}
+STREET_TEACHER = dataclasses.replace(nsfp.TEACHERS["fast"], priors=2, iterations=150, **_SPARSE)
+
+# Raise it when the code of the street or the teacher changes so that the same settings give other
+# logs or labels. Otherwise everybody keeps what an older version has made.
+CACHE_VERSION = 1
+
+
+def run(settings: train.TrainSettings, demo: DemoSettings) -> dict[str, dict[str, float]]:
+    """Label, train, compare and print. Returns the rows of the table; after a signal, none."""
+    train.check_settings(settings)
+    folder = Path(settings.out)
+    demo = _resumed(demo, folder) if settings.resume else demo
+    train.print_settings(settings)
+    train.print_settings(demo)
+    train_set, test_set, label_folder = prepare_street(demo)
+    with data.atomic_file(folder / "demo.json") as file:
+        file.write(json.dumps(dataclasses.asdict(demo), indent=2).encode())
+
+    # The street fits into memory, so each pair is read from disk only once.
+    pairs = train.LabeledPairs(train_set, label_folder, GRID, keep=True)
+    model = train.train_in_folder(train.Samples([pairs], settings.fraction), settings)
+    if model is None:
+        return {}
+    import viz  # matplotlib is loaded only when a picture is drawn
+
+    viz.learning_curve_figure(train.read_log(folder)).savefig(folder / "curve.png", dpi=120)
+    print(f"wrote {folder / 'curve.png'}")
+
+    estimators = {name: zeroflow.from_baseline(name, GRID) for name in zeroflow.BASELINES}
+    estimators["teacher"] = labels.from_labels(labels.open_labels(label_folder, test_set))
+    estimators["student"] = zeroflow.from_student(model.prepare_inference())
+    rows = compare(test_set, estimators, settings.max_broken)
+    where = "the street, of logs that the student never saw"
+    print(f"\n{len(test_set)} pairs of {where}; {train.units(settings.device)}")
+    print(zeroflow.table(rows))
+    times = rows["teacher"]["seconds_per_pair"] / rows["student"]["seconds_per_pair"]
+    print(f"the student is {times:.0f} times faster than its teacher")
+    if demo.picture:
+        pair = test_set[0]
+        flows = {name: estimators[name](pair).flow for name in ("teacher", "student")}
+        viz.flow_figure(pair, {"truth": pair.flow, **flows}).savefig(demo.picture, dpi=80)
+        print(f"wrote {demo.picture}")
+    return rows
+
+
+def _resumed(demo: DemoSettings, folder: Path) -> DemoSettings:
+    """The demo of the run in this folder. Raises DataError if other logs are asked for."""
+    stored = DemoSettings(**json.loads((folder / "demo.json").read_text()))
+    for name in ("train_logs", "test_logs"):
+        wanted, kept = getattr(demo, name), getattr(stored, name)
+        if wanted not in (kept, getattr(DemoSettings, name)):
+            option = f"--{name.replace('_', '-')} {wanted}"
+            raise DataError(f"{option}: the run was begun with {kept}; a resumed run keeps it")
+    return dataclasses.replace(stored, picture=demo.picture)
+
+
+def compare(
+    test_set: data.Pairs, estimators: dict[str, zeroflow.Estimator], max_broken: float
+) -> dict[str, dict[str, float]]:
+    """The numbers of some methods, all with one CPU thread, so that times can be compared."""
+    rows = {}
+    with zeroflow.one_thread():
+        for name, each in estimators.items():
+            rows[name] = zeroflow.evaluate(test_set, each, GRID, max_broken=max_broken).numbers
+
+        # The labels were made by several processes side by side, each slower than one alone.
+        teacher = zeroflow.from_teacher(STREET_TEACHER, GRID)
+        seconds = [teacher(test_set[index]).seconds for index in range(3)]
+        rows["teacher"]["seconds_per_pair"] = statistics.median(seconds)
+    return rows
+
+
+# --- The street -----------------------------------------------------------------------------------
+
+
+def prepare_street(demo: DemoSettings) -> tuple[data.Pairs, data.Pairs, Path]:
+    """Training pairs, test pairs, and the folder with the labels of both; made if not cached."""
+    if demo.train_logs < 1 or demo.test_logs < 1:
+        found = f"--train-logs {demo.train_logs} --test-logs {demo.test_logs}"
+        raise DataError(f"{found}: give 1 or more of each")
+    folder = cache_folder()
+    for old in folder.parent.glob("street-*"):
+        if old != folder:
+            shutil.rmtree(old)
+            print(f"removed {old}: a street of other settings, or of an older version")
+    print(f"street and labels: {folder}")
+
+    # Neither the student nor its teacher needs the true flow of the training pairs.
+    train_set = open_street("train", TRAIN_SEED, demo.train_logs, true_flow=False)
+    test_set = open_street("test", TEST_SEED, demo.test_logs, true_flow=True)
+    for dataset in (train_set, test_set):
+        count = labels.label_dataset(dataset, folder / "labels", STREET_TEACHER, GRID)
+        if count.failed:
+            what = f"cannot be labeled ({count.failed[0][1]})"
+            raise DataError(f"{folder}: {what}; delete the folder and run again")
+    return train_set, test_set, folder / "labels"
+
+
+def cache_folder() -> Path:
+    """Where the street and its labels are kept; other settings have another folder."""
+    what = (CACHE_VERSION, STREET, STREET_TEACHER, GRID, TRAIN_SEED, TEST_SEED)
+    digest = hashlib.sha256(repr(what).encode()).hexdigest()[:16]
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return caches / "zeroflow" / f"street-{digest}"
+
+
+def open_street(split: str, seed: int, logs: int, true_flow: bool) -> data.Pairs:
+    """The pairs of the first logs of a split; logs that are missing are written."""
+    folder = cache_folder() / split
+    synthetic.write_logs(folder, logs, dataclasses.replace(STREET, seed=seed))
+
+    # Another run may have written more logs than this one asks for.
+    dataset = data.open_dataset(folder, true_flow=true_flow)
+    chosen = set(list(dataset.stamps)[:logs])
+    return data.subset(dataset, [key for key in dataset.pair_keys if key.log_id in chosen])
+
+
+# --- The scaling law in small ---------------------------------------------------------------------
+# Pseudo-labels are cheap, so a student can learn from many more logs than people could label. Its
+# supervised twin learns from the true flow of the first 30 logs only.
+
+SCALING_LOGS = {"student": (3, 10, 30, 100), "supervised": (3, 10, 30)}
+SCALING_SEEDS = (0, 1, 2)
+
+
+def scaling_law(settings: train.TrainSettings, demo: DemoSettings, folder: Path) -> None:
+    """Train on more and more logs, each time for as many steps; write errors, table and figure.
+
+    What is in the file of results already is not trained again.
+    """
+    train.check_device(settings.device)
+    _, test_set, label_folder = prepare_street(demo)
+
+    # Another recipe or another street has another file of results.
+    recipe = dataclasses.replace(settings, out="", device="", workers=0, seed=0)
+    digest = hashlib.sha256(repr((recipe, demo.test_logs, cache_folder().name)).encode())
+    file = folder / f"scaling_law_{digest.hexdigest()[:8]}.json"
+    errors = json.loads(file.read_text()) if file.exists() else {}
+
+    def error_of(estimator: zeroflow.Estimator) -> float:
+        return zeroflow.evaluate(test_set, estimator, GRID).numbers["grid_three_way"]
+
+    teacher = labels.from_labels(labels.open_labels(label_folder, test_set))
+    errors["teacher"] = error_of(teacher)
+    errors["no-motion"] = error_of(zeroflow.from_baseline("no-motion", GRID))
+    for (kind, amounts), seed in itertools.product(SCALING_LOGS.items(), SCALING_SEEDS):
+        is_supervised = kind == "supervised"
+        for logs in amounts:
+            name = f"{kind}, {logs} logs, seed {seed}"
+            if logs > demo.train_logs or name in errors:
+                continue
+            print(name)
+            part = open_street("train", TRAIN_SEED, logs, true_flow=is_supervised)
+            source = None if is_supervised else label_folder
+            samples = train.Samples([train.LabeledPairs(part, source, GRID, keep=True)])
+            chosen = dataclasses.replace(settings, seed=seed, supervised=is_supervised)
+            model = train.train(samples, chosen)
+            if model is None:
+                print("stopped by a signal; the same command goes on")
+                return
+            errors[name] = error_of(zeroflow.from_student(model.prepare_inference()))
+            with data.atomic_file(file) as out:
+                out.write(json.dumps(errors, indent=2).encode())
+    _show_scaling_law(errors, len(test_set), demo.train_logs, folder)
+
+
+def _show_scaling_law(errors: dict, pairs: int, most_logs: int, folder: Path) -> None:
+    import viz  # matplotlib is loaded only when a picture is drawn
+
+    print(f"\ngrid three-way (m) on {pairs} pairs of unseen logs, seeds {SCALING_SEEDS}; ", end="")
+    print(f"no-motion {errors['no-motion']:.4f}, teacher {errors['teacher']:.4f}")
+    points = {}  # kind -> logs -> errors, one per seed
+    for kind, amounts in SCALING_LOGS.items():
+        points[kind] = {}
+        for logs in (amount for amount in amounts if amount <= most_logs):
+            values = [errors[f"{kind}, {logs} logs, seed {seed}"] for seed in SCALING_SEEDS]
+            points[kind][logs] = values
+            each = ", ".join(f"{value:.4f}" for value in values)
+            print(f"{kind:10} {logs:4} logs: {statistics.mean(values):.4f}  ({each})")
+    figure = viz.scaling_law_figure(points, errors["teacher"], errors["no-motion"])
+    figure.savefig(folder / "scaling_law.png", dpi=100)
+    print(f"wrote {folder / 'scaling_law.png'}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run `python demo.py scaling-law`. Returns the exit status."""
+    example = "example: python demo.py scaling-law --out law"
+    parser = argparse.ArgumentParser(description="The scaling law in small.", epilog=example)
+    parser.add_argument("command", choices=["scaling-law"], help="train on more and more logs")
+    parser.add_argument("--out", default="law", type=Path, help="folder for errors and figure")
+    parser.add_argument("--train-logs", default=100, type=int, help="most logs to learn from")
+    given = parser.parse_args(argv)
+    try:
+        settings = train.resolve({"preset": "street"})
+        scaling_law(settings, DemoSettings(given.train_logs), given.out)
+    except (DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

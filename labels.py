@@ -1,0 +1,656 @@
+"""Labels on disk, and making many of them on many machines.
+
+The teacher takes seconds per pair, so its labels are made once and kept, one file per pair. A label
+is found by log and time stamps, never by position in a list, so a missing file shifts nothing.
+
+  <folder>/settings.json                         the teacher's settings, and the grid
+  <folder>/<log_id>/<timestamp0_ns>.feather      a label: row i belongs to row i of sweep 0
+  <folder>/<log_id>/<timestamp0_ns>.broken.json  why a pair could not be labeled
+
+Columns: flow_tx_m, flow_ty_m, flow_tz_m (float16; residual flow in meters, ego frame of sweep 0)
+and has_flow (bool; the point is not ground and lies in the grid).
+
+Processes and machines need not talk to each other: each makes what is missing in its shard, and a
+file appears whole or not at all. Any run may be killed and started again. The labels that the
+paper's authors have published can be used in the same way.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import functools
+import hashlib
+import json
+import math
+import multiprocessing
+import multiprocessing.connection
+import os
+import re
+import signal
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow
+import torch
+from pyarrow import feather
+from torch import Tensor
+from tqdm import tqdm
+
+import data
+import nsfp
+import zeroflow
+from data import DataError, PairKey, SweepPair
+from zeroflow import Label
+
+# --- One label ------------------------------------------------------------------------------------
+
+
+def label_path(folder: str | Path, key: PairKey) -> Path:
+    """The file of a pair's label."""
+    return Path(folder) / key.log_id / f"{key.timestamp0_ns}.feather"
+
+
+def write_label(folder: str | Path, label: Label) -> Path:
+    """Write a label, whole or not at all. Raises OSError naming the file."""
+    # float16 halves the file; its steps are at most 0.5 mm for flow shorter than 2 m.
+    columns = {}
+    for i, name in enumerate(data.FLOW_COLUMNS):
+        columns[name] = label.flow[:, i].numpy().astype(np.float16)  # (N0,)
+    table = pyarrow.table({**columns, "has_flow": label.has_flow.numpy()})
+
+    # The metadata tells whose label this is, even if the file is renamed or moved.
+    metadata = {
+        **label.key._asdict(),
+        "num_points": len(label.flow),
+        "settings": label.settings,
+        "settings_hash": settings_hash(label.settings),
+        "loss": label.loss,
+        "seconds": label.seconds,
+    }
+    table = table.replace_schema_metadata({"zeroflow": json.dumps(metadata)})
+    path = label_path(folder, label.key)
+    with data.atomic_file(path) as file:
+        feather.write_feather(table, file, compression="zstd")
+    return path
+
+
+def read_label(folder: str | Path, key: PairKey, num_points: int | None = None) -> Label:
+    """Read the label of a pair, and check that it is complete and belongs to that pair.
+
+    num_points: rows of sweep 0, where known. Raises DataError naming the file and the remedy.
+    """
+    path = label_path(folder, key)
+    if not path.exists():
+        raise DataError(f"{path}: does not exist; make it with `python zeroflow.py label`")
+    remedy = "delete the file and run `python zeroflow.py label` again"
+    table = data.read_feather(path, [*data.FLOW_COLUMNS, "has_flow"])
+    try:
+        metadata = json.loads(table.schema.metadata[b"zeroflow"])
+        found = PairKey(*(metadata[name] for name in PairKey._fields))
+        settings, loss, seconds = metadata["settings"], metadata["loss"], metadata["seconds"]
+        has_its_rows = metadata["num_points"] == table.num_rows
+        has_its_settings = metadata["settings_hash"] == settings_hash(settings)
+    except (TypeError, KeyError, ValueError) as error:
+        raise DataError(f"{path}: not a label of this project ({error!r}); {remedy}") from error
+
+    # A readable file may still be the wrong one: edited, renamed, or of another copy of the log.
+    if not (has_its_rows and has_its_settings):
+        raise DataError(f"{path}: its rows or settings are not those it was written with; {remedy}")
+    if found != key:
+        raise DataError(f"{path}: is the label of {tuple(found)}, not of {tuple(key)}; {remedy}")
+    if num_points is not None and num_points != table.num_rows:
+        rows = f"has {table.num_rows} rows, its sweep has {num_points} points"
+        sweep = f"{key.timestamp0_ns} of log {key.log_id}"
+        raise DataError(f"{path}: {rows} ({sweep}); {remedy}")
+    flow = torch.from_numpy(data.stack(table, data.FLOW_COLUMNS).astype(np.float32))  # (N0, 3)
+    has_flow = torch.from_numpy(table["has_flow"].to_numpy())  # (N0,)
+    return Label(key, flow, has_flow, settings, loss, seconds)
+
+
+def settings_hash(settings: dict) -> str:
+    """Sixteen hexadecimal digits that differ whenever the settings do."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+# --- A folder of labels ---------------------------------------------------------------------------
+
+
+class LabelFolder(NamedTuple):
+    """The labels of a data set: which pairs have one, and how to read it."""
+
+    pair_keys: list[PairKey]
+    read: Callable[[SweepPair], Label]  # raises DataError naming the file
+    half_extent_m: tuple[float, ...]  # of the grid that the labels cover
+    teacher: str  # hash of the teacher's settings and the grid, or "published"
+
+
+def open_labels(folder: str | Path, dataset: data.Pairs) -> LabelFolder:
+    """Open a folder that `label_dataset` has written, or one of published labels.
+
+    Raises DataError if it has no label for any pair of the data set.
+    """
+    label_folder = _open_any(Path(folder), dataset)
+    if not label_folder.pair_keys:
+        remedy = "run `python zeroflow.py label`, or restore settings.json if that file is lost"
+        raise DataError(f"{folder}: has no label for any of {len(dataset)} pairs; {remedy}")
+    return label_folder
+
+
+def _open_any(folder: Path, dataset: data.Pairs) -> LabelFolder:
+    """`open_labels` for a folder that may still be empty."""
+    # Published labels come without a settings.json.
+    if not (folder / "settings.json").exists():
+        files = _published_files(folder, dataset)
+        read = functools.partial(_read_published, files)
+        return LabelFolder(list(files), read, data.GRID_HALF_EXTENT_M, "published")
+    settings = folder_settings(folder)
+    teacher = settings_hash(settings)
+    # A label is only looked for here. Reading all of them would take minutes for a large data set.
+    labeled = [key for key in dataset.pair_keys if label_path(folder, key).exists()]
+    read = functools.partial(_read_own, folder, teacher)
+    return LabelFolder(labeled, read, tuple(settings["half_extent_m"]), teacher)
+
+
+_FOREIGN = "was made with other settings than its folder's settings.json names; move it away"
+
+
+def _read_own(folder: Path, teacher: str, pair: SweepPair) -> Label:
+    label = read_label(folder, pair.key, len(pair.pc0))
+    # Two runs may have started at the same moment with different settings: see `claim_folder`.
+    if settings_hash(label.settings) != teacher:
+        raise DataError(f"{label_path(folder, pair.key)}: {_FOREIGN}")
+    return label
+
+
+def folder_settings(folder: str | Path) -> dict:
+    """The settings that a folder's labels were made with: the teacher's, and the grid."""
+    file = Path(folder) / "settings.json"
+    try:
+        settings = dict(json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
+        what = f"is not JSON of settings ({error})"
+        raise DataError(f"{file}: {what}; restore it, or label into a new folder") from error
+    # Older versions knew one grid only and did not store it. Their labels are other labels.
+    if "half_extent_m" not in settings:
+        what = "holds labels of other settings (half_extent_m, their grid, is missing there)"
+        raise DataError(f"{file}: {what}; label into a new folder")
+    return settings
+
+
+def from_labels(label_folder: LabelFolder) -> zeroflow.Estimator:
+    """The labels as estimates, to be scored like any other method's."""
+
+    def estimator(pair: SweepPair) -> zeroflow.Estimate:
+        label = label_folder.read(pair)
+        return zeroflow.Estimate(label.flow, label.seconds)
+
+    return estimator
+
+
+# --- Published labels -----------------------------------------------------------------------------
+# The paper's authors named their files <log_id>/<i:010d>_<position in a batch:03d>.npz; later code
+# bases write <log_id>/<i:010d>.feather. In both, i counts the sweeps of a log from 0.
+
+
+def _published_files(folder: Path, dataset: data.Pairs) -> dict[PairKey, Path]:
+    """The published label of every pair that has one."""
+    files = {}  # (log id, time stamp of sweep 0) -> file
+    for log_id, stamps in dataset.stamps.items():
+        for file in sorted((folder / log_id).glob("*")):
+            match = re.fullmatch(r"([0-9]{10})(_[0-9]{3}\.npz|\.feather)", file.name)
+            if match and int(match[1]) < len(stamps):
+                files[log_id, stamps[int(match[1])]] = file
+    return {key: files[key[:2]] for key in dataset.pair_keys if key[:2] in files}
+
+
+def _read_published(files: dict[PairKey, Path], pair: SweepPair) -> Label:
+    """A published label. The files do not hold a loss, so it is NaN."""
+    file = files.get(pair.key)
+    if file is None:
+        raise DataError(f"{tuple(pair.key)}: the published labels do not have this pair")
+    read = _read_published_feather if file.suffix == ".feather" else _read_published_npz
+    flow, has_flow, seconds = read(file, pair)
+    # Comparing with NaN gives False, so this refuses NaN, too.
+    if not (flow.abs() < 2 * max(data.GRID_HALF_EXTENT_M)).all():
+        what = "has flow that is not finite, or as long as the grid"
+        raise DataError(f"{file}: {what}; download it again")
+    settings = {"teacher": "published", "half_extent_m": list(data.GRID_HALF_EXTENT_M)}
+    return Label(pair.key, flow, has_flow, settings, math.nan, seconds)
+
+
+def _read_published_feather(file: Path, pair: SweepPair) -> tuple[Tensor, Tensor, float]:
+    """Flow (N0, 3), has_flow (N0,), seconds (unknown: NaN). One row per point of sweep 0."""
+    table = data.read_feather(file, [*data.FLOW_COLUMNS, "is_valid"])
+    if table.num_rows != len(pair.pc0):
+        rows = f"has {table.num_rows} rows, its sweep has {len(pair.pc0)} points"
+        raise DataError(f"{file}: {rows}; is it of this log?")
+    # Their estimate may cover more points than ours would, for instance of a larger grid.
+    is_valid = torch.from_numpy(table["is_valid"].to_numpy().astype(bool))  # (N0,)
+    has_flow = is_valid & data.input_masks(pair)[0]
+    estimate = torch.from_numpy(data.stack(table, data.FLOW_COLUMNS).astype(np.float32))  # (N0, 3)
+    return torch.where(has_flow[:, None], estimate, 0.0), has_flow, math.nan
+
+
+def _read_published_npz(file: Path, pair: SweepPair) -> tuple[Tensor, Tensor, float]:
+    """Flow (N0, 3), has_flow (N0,), seconds. Rows count only the points that are not ground."""
+    rows, estimate, seconds = _load_npz(file)
+    not_ground = (~pair.is_ground0).nonzero()[:, 0]  # (M,) rows of sweep 0
+    expected = data.input_masks(pair)[0][not_ground].nonzero()[:, 0]
+
+    # Without this check, a single point that is ground to us but not to the authors would shift all
+    # rows after it. The authors labeled the points in the grid, as we do: if their rows are ours,
+    # their ground is, too. 1 % may differ, because of points on the border of the grid.
+    if np.setxor1d(rows, expected).size > 0.01 * len(expected):
+        sweep = f"sweep {pair.timestamp0_ns} of log {pair.log_id}"
+        raise DataError(
+            f"{file}: labels other points than those in the grid and not ground of {sweep}; "
+            "is it of this sweep, and was the ground found by the same rule?"
+        )
+    # Each number becomes a row of sweep 0; what they number beyond its end is part of that 1 %.
+    is_known = rows < len(not_ground)
+    labeled = not_ground[rows[is_known]]
+    flow, has_flow = torch.zeros_like(pair.pc0), torch.zeros_like(pair.is_ground0)
+    flow[labeled] = estimate[is_known]
+    has_flow[labeled] = True
+    return flow, has_flow, seconds
+
+
+def _load_npz(file: Path) -> tuple[Tensor, Tensor, float]:
+    """valid_idxes (K,) int64, flow (K, 3), seconds. Raises DataError naming the file."""
+    try:
+        # The file comes from the internet, and loading a pickle could run code.
+        with np.load(file, allow_pickle=False) as arrays:
+            estimate = torch.from_numpy(arrays["flow"].astype(np.float32)).reshape(-1, 3)
+            rows = torch.from_numpy(arrays["valid_idxes"].astype(np.int64)).flatten()
+            seconds = float(np.sum(arrays["delta_time"]))
+        distinct = len(rows.unique())
+        if not len(estimate) == len(rows) == distinct or (rows < 0).any():
+            raise ValueError(f"{len(estimate)} rows of flow for {distinct} different valid_idxes")
+    except Exception as error:  # of zip, zlib, the header, the shapes, memory
+        raise DataError(f"{file}: is not a published label ({error}); download it again") from error
+    return rows, estimate, seconds
+
+
+# --- The state of a folder ------------------------------------------------------------------------
+
+
+class LabelStatus(NamedTuple):
+    """What a folder of labels holds for the pairs of a data set.
+
+    states: state -> pair -> what is wrong. "made": a valid label. "missing": never tried. "torn": a
+    file that is not a valid label. "failed": the last run could not label this pair. "foreign": a
+    label of other settings than its folder's.
+    """
+
+    states: dict[str, dict[PairKey, str]]
+    seconds: list[float]  # that the teacher took, for each label made where it is known
+    is_published: bool
+
+
+def label_status(dataset: data.Pairs, folder: str | Path, sample: int | None = 20) -> LabelStatus:
+    """The state of every pair's label.
+
+    sample: how many labels, evenly spread, are also compared with their sweeps (None: all), which
+    takes longer. Published labels cannot be read without their sweeps: the others count as made.
+    Raises DataError if the folder is not a folder of labels.
+    """
+    label_folder = _open_any(Path(folder), dataset)
+    is_published = label_folder.teacher == "published"
+    if is_published and not label_folder.pair_keys:
+        remedy = "make it with `python zeroflow.py label`"
+        raise DataError(f"{folder}: is not a folder of labels for this data; {remedy}")
+
+    # Every label is read and checked by itself, where that is possible.
+    found = dict.fromkeys(dataset.pair_keys, ("missing", "", math.nan))
+    if is_published:
+        found |= dict.fromkeys(label_folder.pair_keys, ("made", "", math.nan))
+    else:
+        found |= _label_states(folder, dataset.pair_keys, label_folder.teacher)
+
+    # A sample is read with its sweep, which also tells whether the rows fit.
+    made = [key for key, (state, _, _) in found.items() if state == "made"]
+    chosen = data.evenly_spread(len(made), sample)
+    for i in tqdm(chosen, desc="compare", unit="label", disable=len(chosen) < 100):
+        try:
+            pair = dataset.read(made[i])
+        except (DataError, OSError):
+            continue  # the sweep is broken, not its label
+        try:
+            found[made[i]] = "made", "", label_folder.read(pair).seconds
+        except (DataError, OSError) as error:
+            found[made[i]] = "torn", str(error), math.nan
+
+    states = {state: {} for state in ("made", "missing", "torn", "failed", "foreign")}
+    for key, (state, reason, _) in found.items():
+        states[state][key] = reason
+    seconds = [taken for _, _, taken in found.values() if not math.isnan(taken)]
+    return LabelStatus(states, seconds, is_published)
+
+
+def _label_states(folder: str | Path, keys: Sequence[PairKey], wanted: str) -> dict:
+    """Pair -> its `label_state`."""
+    keys = tqdm(keys, desc="check", unit="label", disable=len(keys) < 1000)
+    return {key: label_state(folder, key, wanted) for key in keys}
+
+
+def label_state(folder: str | Path, key: PairKey, wanted: str) -> tuple[str, str, float]:
+    """The state of one label (see `LabelStatus`), what is wrong, and the teacher's seconds or NaN.
+
+    wanted: hash of the folder's settings. The label is not compared with its sweep.
+    """
+    # A label is made if it can be read, not if a file of its name exists.
+    state, reason = "missing", ""
+    if label_path(folder, key).exists():
+        try:
+            label = read_label(folder, key)
+        except DataError as error:
+            state, reason = "torn", str(error)
+        else:
+            if settings_hash(label.settings) == wanted:
+                return "made", "", label.seconds
+            return "foreign", f"{label_path(folder, key)}: {_FOREIGN}", math.nan
+
+    # Has the last run left a note? Another one may label the pair right now, and remove the note.
+    with contextlib.suppress(FileNotFoundError):
+        state, reason = "failed", json.loads(_failure_path(folder, key).read_text())["reason"]
+    return state, reason, math.nan
+
+
+def _failure_path(folder: str | Path, key: PairKey) -> Path:
+    return label_path(folder, key).with_suffix(".broken.json")
+
+
+def _write_failure(folder: str | Path, key: PairKey, reason: str) -> None:
+    with data.atomic_file(_failure_path(folder, key)) as file:
+        file.write(json.dumps({**key._asdict(), "reason": reason}, indent=2).encode())
+
+
+# --- Labeling many pairs --------------------------------------------------------------------------
+
+PAIRS_AT_ONCE = {"cpu": 1, "cuda": 16}  # pairs that one process fits side by side
+
+
+@dataclass(frozen=True)
+class LabelCount:
+    """What a run of `label_dataset` did."""
+
+    made: int
+    found: int  # labels that were there already
+    failed: list[tuple[PairKey, str]]  # pairs that could not be labeled, and why
+
+
+def label_dataset(
+    dataset: data.Pairs,
+    folder: str | Path,
+    settings: nsfp.NSFPSettings,
+    half_extent_m: Sequence[float] = data.GRID_HALF_EXTENT_M,
+    workers: int | None = None,
+    device: str = "cpu",
+    shard: tuple[int, int] = (0, 1),
+    max_broken: float = 0.05,
+) -> LabelCount:
+    """Make those labels of shard i of n that are missing or torn.
+
+    workers: processes of one thread each (None: one per core, at most 8 for a GPU); 1 starts none.
+
+    A pair fails if it cannot be read or fitted, or if its process dies; the next run tries again.
+    Raises DataError if the folder has labels of other settings, or if more than `max_broken` of the
+    shard's pairs (counted as at least 100) fail; OSError if a label cannot be written.
+    """
+    label_settings = zeroflow.label_settings(settings, half_extent_m)
+    claim_folder(folder, label_settings)
+
+    # What is there already? Labels are read and not only looked for, since a file may be torn.
+    keys = dataset.pair_keys
+    mine = [i for i, key in enumerate(keys) if shard_of(key, shard[1]) == shard[0]]
+    found = _label_states(folder, [keys[i] for i in mine], settings_hash(label_settings))
+    missing = []
+    for i in mine:
+        state, reason, _ = found[keys[i]]
+        if state == "foreign":
+            raise DataError(reason)
+        if state != "made":
+            missing.append(i)
+
+    # On a GPU, several pairs take as long as one. So the unit of work is a chunk of pairs.
+    at_once = PAIRS_AT_ONCE[torch.device(device).type]
+    chunks = [missing[start : start + at_once] for start in range(0, len(missing), at_once)]
+    job = functools.partial(_label_chunk, dataset, folder, settings, half_extent_m, device)
+    results = _run(job, chunks, _count_processes(workers, device))
+
+    # A failure leaves a note beside the labels, so that `label_status` can tell the reason later.
+    failed, allowed = [], max_broken * max(100, len(mine))
+    name = "teacher" if shard[1] == 1 else f"teacher {shard[0]}/{shard[1]}"
+    with tqdm(total=len(missing), desc=name, unit="pair", disable=not missing) as progress:
+        for chunk, reasons in results:
+            for i, reason in zip(chunk, reasons, strict=True):
+                if reason is not None:
+                    failed.append((keys[i], reason))
+                    _write_failure(folder, keys[i], reason)
+            progress.update(len(chunk))
+            # Beyond some failures it is the data that is broken, or the settings: stop early.
+            if len(failed) > allowed:
+                what = f"{len(failed)} pairs could not be labeled"
+                limit = f"more than --max-broken {max_broken} of {len(mine)}"
+                first = f"the first is {tuple(failed[0][0])}: {failed[0][1]}"
+                raise DataError(f"{what}, {limit}; fix the data, or allow more; {first}")
+    return LabelCount(len(missing) - len(failed), len(mine) - len(missing), failed)
+
+
+def claim_folder(folder: str | Path, settings: dict) -> None:
+    """Write the settings into a new folder; raise DataError if the folder has other ones.
+
+    settings: the teacher's and the grid, as `zeroflow.label_settings` returns them.
+    """
+    file = Path(folder) / "settings.json"
+    _remove_leftovers(Path(folder))
+    if not file.exists():
+        # Published labels have no such file; ours must not be mixed with them.
+        if any(Path(folder).glob("*/*.feather")) or any(Path(folder).glob("*/*.npz")):
+            what = "is missing, so it is unknown how the labels here were made"
+            raise DataError(f"{file}: {what}; restore it, or choose another folder")
+        with data.atomic_file(file) as out:
+            out.write(json.dumps(settings, indent=2).encode())
+
+    # Of two runs that start at the same moment with different settings, the last one to write wins.
+    # The labels of the other are recognized as foreign, since each carries its settings' hash.
+    found = folder_settings(folder)
+    wanted = json.loads(json.dumps(settings))  # as read from a file: tuples become lists
+    differences = []
+    for name in sorted({*found, *wanted}):
+        there, here = found.get(name, "missing"), wanted.get(name, "missing")
+        if there != here:
+            differences.append(f"{name} {there!r} there, {here!r} here")
+    if differences:
+        what = f"holds labels of other settings ({', '.join(differences)})"
+        raise DataError(f"{folder}: {what}; choose another folder")
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Delete the unfinished files of processes that were killed."""
+    for unfinished in folder.rglob(".*.tmp"):
+        # Writing takes less than an hour. Another process may finish or delete the file meanwhile.
+        with contextlib.suppress(OSError):
+            if time.time() - unfinished.stat().st_mtime > 3600:
+                unfinished.unlink()
+
+
+def shard_of(key: PairKey, shards: int) -> int:
+    """The shard of a pair, 0 ... shards - 1: the same on every machine, whatever else is there."""
+    # Python's own hash of a text differs from process to process.
+    digest = hashlib.sha256(f"{key.log_id}/{key.timestamp0_ns}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") % shards
+
+
+def chosen_shard(
+    text: str | None = None, environment: Mapping[str, str] = os.environ
+) -> tuple[int, int]:
+    """(i, n) of `--shard i/n`, else torchrun's rank, else a SLURM array's task, else (0, 1)."""
+    if text is not None:
+        source = f"--shard {text}"
+        shard, _, shards = text.partition("/")
+    elif "RANK" in environment and "WORLD_SIZE" in environment:
+        source = "RANK/WORLD_SIZE"
+        shard, shards = environment["RANK"], environment["WORLD_SIZE"]
+    elif "SLURM_ARRAY_TASK_ID" in environment:
+        source = "SLURM_ARRAY_TASK_ID/SLURM_ARRAY_TASK_COUNT"
+        shard = environment["SLURM_ARRAY_TASK_ID"]
+        shards = environment.get("SLURM_ARRAY_TASK_COUNT", "")
+    else:
+        return 0, 1
+    # A SLURM array that counts from 1 ends up here: it has no shard 0, so pairs would be missing.
+    if not (shard.isdecimal() and shards.isdecimal() and int(shard) < int(shards)):
+        what = f"{shard!r} of {shards!r} is not a shard; shards are 0/n ... n-1/n"
+        raise DataError(f"{source}: {what}; choose one with --shard i/n")
+    return int(shard), int(shards)
+
+
+def usable_cores() -> int:
+    """Cores that this process may use, its share of them if torchrun started several ranks here."""
+    # A scheduler may give a process fewer cores than the machine has. macOS cannot tell.
+    has_affinity = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+# --- Processes ------------------------------------------------------------------------------------
+
+
+def _label_chunk(dataset, folder, settings, half_extent_m, device, chunk) -> list[str | None]:
+    """Write the labels of some pairs. Returns, for each pair, why it failed (None: it did not)."""
+    reasons, pairs = dict.fromkeys(chunk), {}
+    for i in chunk:
+        try:
+            pairs[i] = dataset[i]
+        except (ValueError, OSError) as error:  # a file that cannot be read
+            reasons[i] = str(error)
+
+    # A fit that diverges leaves the others unharmed: they only share the time.
+    made = zeroflow.make_labels(list(pairs.values()), settings, half_extent_m, device)
+    for i, label in zip(pairs, made, strict=True):
+        try:
+            zeroflow.check_label(label)
+        except DataError as error:
+            reasons[i] = str(error)
+        else:
+            # The note of an earlier failure is deleted last: a kill in between loses nothing.
+            write_label(folder, label)
+            _failure_path(folder, label.key).unlink(missing_ok=True)
+    return list(reasons.values())
+
+
+def _count_processes(workers: int | None, device: str) -> int:
+    """How many processes to start; 0: the work is done in this one."""
+    if workers is None:
+        # Each process on a GPU needs memory there, for its CUDA context and for a chunk of pairs.
+        return usable_cores() if device == "cpu" else min(8, usable_cores())
+    if workers < 1:
+        raise DataError(f"--workers {workers}: must be positive")
+    return 0 if workers == 1 else workers
+
+
+def _run(
+    job: Callable[[Sequence[int]], list], chunks: Sequence[Sequence[int]], processes: int
+) -> Iterator[tuple[Sequence[int], list]]:
+    """Yield (chunk, job(chunk)) in the order in which they are done; 0 processes: this one."""
+    # One worker needs no process. An error is easier to find that way, and a debugger works.
+    if processes == 0:
+        with zeroflow.one_thread():
+            for chunk in chunks:
+                yield chunk, job(chunk)
+        return
+
+    waiting = collections.deque(chunks)
+    workers = []
+    try:
+        # All of them start at once, because each takes seconds to import torch.
+        for _ in range(min(processes, len(chunks))):
+            workers.append(_Worker(job))
+        while True:
+            # Whoever has nothing to do gets the next chunk.
+            for worker in workers:
+                if waiting and worker.chunk is None:
+                    worker.give(waiting.popleft())
+            busy = {worker.pipe: worker for worker in workers if worker.chunk is not None}
+            if not busy:
+                return
+            for pipe in multiprocessing.connection.wait(list(busy)):
+                yield busy[pipe].take()
+    finally:
+        for worker in workers:
+            worker.process.kill()
+
+
+class _Worker:
+    """A process that does one chunk after the other, and is replaced if it dies.
+
+    The pools of the standard library do not tell which chunk a process had when it was killed, for
+    lack of memory for instance. Here each has a pipe of its own, which ends when the process does.
+    """
+
+    def __init__(self, job: Callable[[Sequence[int]], list]):
+        self.job = job
+        self.chunk: Sequence[int] | None = None  # what the process is working on
+        self.start()
+
+    def start(self) -> None:
+        # spawn: a copy (fork) of a process whose torch has started threads may hang.
+        context = multiprocessing.get_context("spawn")
+        self.pipe, other_end = context.Pipe()
+        self.process = context.Process(target=_work, args=(other_end,), daemon=True)
+        self.process.start()
+        other_end.close()  # from here on only the process holds it
+        self.has_job, self.has_died = False, False
+
+    def give(self, chunk: Sequence[int]) -> None:
+        """Let the process work on a chunk."""
+        if self.has_died:
+            self.start()
+        self.chunk = chunk
+        # The job is not an argument of the process, because `Process.start` would wait forever for
+        # one that refuses to start. If the process is dead by now, `take` will notice.
+        with contextlib.suppress(ConnectionError):
+            if not self.has_job:
+                self.pipe.send(self.job)
+                self.has_job = True
+            self.pipe.send(chunk)
+
+    def take(self) -> tuple[Sequence[int], list]:
+        """The chunk and the job's result, as soon as it is done. Raises what the job raised."""
+        chunk, self.chunk = self.chunk, None
+        try:
+            result = self.pipe.recv()
+        except (EOFError, ConnectionError):
+            self.has_died = True
+            self.process.join()
+            code = self.process.exitcode
+            reason = f"its process died (exit code {code}; -9: killed, often for lack of memory)"
+            return chunk, [reason] * len(chunk)
+        # What went wrong with single pairs is part of the result. This is worse: it stops the run.
+        if isinstance(result, Exception):
+            raise result
+        return chunk, result
+
+
+def _work(pipe: multiprocessing.connection.Connection) -> None:
+    """What the process of a worker does until the pipe ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to handle
+    torch.set_num_threads(1)  # the teacher's matrices are too small to gain from a second one
+    with contextlib.suppress(EOFError, ConnectionError):
+        job = pipe.recv()
+        while True:
+            chunk = pipe.recv()
+            try:
+                result = job(chunk)
+            except Exception as error:  # a label that cannot be written, or a bug: the run stops
+                # A traceback does not travel through a pipe, but a note does.
+                if not isinstance(error, OSError):
+                    error.add_note(traceback.format_exc())
+                result = error
+            pipe.send(result)

@@ -1,0 +1,131 @@
+"""Labels that the paper's authors have published: both layouts, and files that do not fit."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pytest
+import torch
+from pyarrow import feather
+
+import data
+import labels
+import nsfp
+import train
+import zeroflow
+
+ROOT = Path(zeroflow.__file__).parent
+
+
+def write_published(folder: Path, pair: data.SweepPair, index: int, flow: np.ndarray) -> Path:
+    """Write a label as the paper's authors did.
+
+    One row per point in the grid that is not ground, numbered among those that are not ground.
+    """
+    not_ground = np.flatnonzero(~pair.is_ground0.numpy())
+    is_inside = (np.abs(pair.pc0.numpy()[not_ground]) < (51.2, 51.2, 3)).all(axis=1)
+    file = folder / pair.log_id / f"{index:010d}_000.npz"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    rows = np.flatnonzero(is_inside)
+    np.savez(file, flow=flow[not_ground[rows]][None], valid_idxes=rows, delta_time=12.5)
+    return file
+
+
+def test_published_labels_come_back_to_their_rows(tmp_path, street, capsys):
+    """Labels of sweeps 0 and 1 of the first log; the second log has none."""
+    flows = [
+        np.random.default_rng(i).normal(size=(len(street[i].pc0), 3)).astype(np.float32)
+        for i in (0, 1)
+    ]
+    for i in (0, 1):
+        write_published(tmp_path, street[i], i, flows[i])
+    label_folder = labels.open_labels(tmp_path, street)
+    assert label_folder.pair_keys == street.pair_keys[:2]
+    for i in (0, 1):
+        label = label_folder.read(street[i])
+        is_input = data.input_masks(street[i])[0]
+        assert torch.equal(label.has_flow, is_input) and label.seconds == 12.5
+        assert (label.flow.numpy()[is_input] == flows[i][is_input]).all() and label.flow[
+            ~is_input
+        ].eq(0).all()
+    samples = train.LabeledPairs(street, tmp_path)
+    assert (
+        len(samples) == 2 and f"{tmp_path}: 2 of 4 pairs have no label" in capsys.readouterr().err
+    )
+    keep = ~street[1].is_ground0
+    assert torch.equal(samples[1][2], label_folder.read(street[1]).flow[keep])
+    # The layout of later code bases: a row a point.
+    later = tmp_path / "later" / street.pair_keys[2].log_id / "0000000000.feather"
+    later.parent.mkdir(parents=True)
+    pair = street[2]
+    flow = np.random.default_rng(9).normal(size=pair.pc0.shape).astype(np.float32)
+    is_valid = np.arange(len(flow)) % 2 == 0
+    columns = {name: flow[:, i] for i, name in enumerate(data.FLOW_COLUMNS)}
+    feather.write_feather(pyarrow.table({**columns, "is_valid": is_valid}), later)
+    label_folder = labels.open_labels(tmp_path / "later", street)
+    label, expected = label_folder.read(pair), data.input_masks(pair)[0].numpy() & is_valid
+    assert label_folder.pair_keys == [pair.key] and (label.has_flow.numpy() == expected).all()
+    assert (label.flow.numpy() == np.where(expected[:, None], flow, 0)).all()
+
+
+def test_published_labels_of_other_points_are_refused_by_name(tmp_path, street):
+    """Another sweep or rule for ground, rows that do not match, a file that would run code."""
+    pair = street[0]
+    flow = np.zeros((len(pair.pc0), 3), dtype=np.float32)
+    file = write_published(tmp_path, pair, 0, flow)
+    good, label_folder = dict(np.load(file)), labels.open_labels(tmp_path, street)
+    label_folder.read(pair)
+    count = len(good["valid_idxes"])
+    for share, is_refused in ((0.02, True), (0.005, False)):  # up to 1 % may differ
+        cut = {
+            "valid_idxes": good["valid_idxes"][int(share * count) :],
+            "flow": good["flow"][:, int(share * count) :],
+        }
+        np.savez(file, **(good | cut))
+        if is_refused:
+            with pytest.raises(
+                data.DataError, match="_000.npz: labels other points than those .* ground"
+            ):
+                label_folder.read(pair)
+        else:
+            assert label_folder.read(pair).has_flow.sum() == count - int(share * count) < count
+    beyond = {
+        "valid_idxes": np.append(good["valid_idxes"][:-1], 10**6)
+    }  # one row that the sweep does not have
+    np.savez(file, **(good | beyond))
+    assert label_folder.read(pair).has_flow.sum() == count - 1
+    with pytest.raises(data.DataError, match="the published labels do not have this pair"):
+        label_folder.read(street[3])
+    for changes, message in (
+        ({"valid_idxes": good["valid_idxes"][:-5]}, "is not a published label .* rows of flow for"),
+        (
+            {"valid_idxes": np.append(good["valid_idxes"][:-1], 0)},
+            "is not a published label .* different valid_idxes",
+        ),
+        ({"valid_idxes": np.append(good["valid_idxes"][:-1], -1)}, "is not a published label"),
+        (
+            {"flow": np.where(good["flow"] == 0, np.nan, 0)},
+            "has flow that is not finite, or as long as the grid",
+        ),
+        ({"flow": good["flow"] + 500}, "has flow that is not finite, or as long as the grid"),
+        ({"valid_idxes": good["valid_idxes"] + 40}, "labels other points"),
+        ({"flow": np.array([{"run": "me"}])}, "is not a published label"),  # a pickle
+    ):
+        np.savez(file, **(good | changes))
+        with pytest.raises(data.DataError, match=f"0000000000_000.npz: {message}"):
+            label_folder.read(pair)
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(data.DataError, match="is not a published label"):
+        label_folder.read(pair)
+    with pytest.raises(data.DataError, match="is missing, so it is unknown"):
+        labels.claim_folder(
+            tmp_path, zeroflow.label_settings(nsfp.TEACHERS["fast"])
+        )  # ours do not go among them
+    later = tmp_path / "later" / pair.log_id / "0000000000.feather"
+    later.parent.mkdir(parents=True)
+    columns = {name: np.zeros(3, dtype=np.float32) for name in data.FLOW_COLUMNS}
+    feather.write_feather(pyarrow.table({**columns, "is_valid": np.ones(3, dtype=bool)}), later)
+    with pytest.raises(
+        data.DataError, match=r"0000000000.feather: has 3 rows, its sweep has \d+ points"
+    ):
+        labels.open_labels(tmp_path / "later", street).read(pair)
