@@ -592,8 +592,9 @@ def add_settings(parser, settings_class: type, base: object) -> None:
     for field in dataclasses.fields(settings_class):
         # argparse's own default is left out: only what the user gave is in the result, so that it
         # can go over a preset, or over the settings stored in a run.
-        default = _as_text(getattr(base, field.name))
-        text = f"{comments[field.name]} (default: {default})".replace("%", "%%")
+        comment = comments[field.name]
+        default = _as_text(getattr(base, field.name), comment)
+        text = f"{comment} (default: {default})".replace("%", "%%")
         option = _option_of_type(hints[field.name])
         name = "--" + field.name.replace("_", "-")
         parser.add_argument(name, default=argparse.SUPPRESS, help=text, **option)
@@ -636,10 +637,13 @@ def _option_of_type(hint) -> dict:
     return {"type": hint, "metavar": hint.__name__}
 
 
-def _as_text(value) -> str:
+def _as_text(value, comment: str) -> str:
+    """A default as the user would type it. None is `all` where the comment speaks of all."""
     if isinstance(value, tuple):
-        return " ".join(map(_as_text, value)) if value else "none"
-    return "none" if value is None else str(value)
+        return " ".join(_as_text(each, comment) for each in value) if value else "none"
+    if value is None:
+        return "all" if re.search(r"\ball\b", comment) else "none"
+    return str(value)
 
 
 def given_settings(arguments: argparse.Namespace, settings_class: type) -> dict:
@@ -864,7 +868,8 @@ def _train_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     )
     # The defaults in the help text are those of the preset that would be used.
     preset = _peek(argv, "--preset") or (None if "--data" in argv else "street")
-    base = dataclasses.replace(train.TrainSettings(), **train.PRESETS.get(preset, {}))
+    changes = {"preset": preset, **train.PRESETS.get(preset, {})}
+    base = dataclasses.replace(train.TrainSettings(), **changes)
     add_settings(parser, train.TrainSettings, base)
     group = parser.add_argument_group("the demo, without --data")
     add_settings(group, demo.DemoSettings, demo.DemoSettings())

@@ -286,7 +286,7 @@ def test_help_shows_the_defaults_that_will_be_used():
     assert default_of("--lr", commands._train_parser(["--data", "x"])) == "2e-06"
     xl = commands._train_parser(["--preset", "zeroflow-xl-3x"])
     assert default_of("--model", xl) == "xl" and default_of("--batch-size", xl) == "12"
-    assert default_of("--pairs-per-log", xl) == "none 12"
+    assert default_of("--pairs-per-log", xl) == "all 12"
     for argv, width in ([], "64"), (["label", "--teacher", "nsfp"], "128"):
         label = commands._parser(argv)._actions[-1].choices["label"]
         assert default_of("--hidden-channels", label) == width
