@@ -27,8 +27,8 @@ import functools
 import itertools
 import json
 import math
+import sys
 import zipfile
-import zlib
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -162,6 +162,12 @@ def _masked_members(dataset: data.Pairs, masks: ChallengeFiles) -> dict[str, Pai
                 "sweeps of the data begins; is it of this split?"
             )
         members[f"{log_id}/{stem}.feather"] = by_name[log_id, stem]
+
+    # The other way round, masks may be missing because only a part of them was downloaded.
+    missing = sorted(set(challenge_members(dataset, 2023)) - set(members))
+    if missing:
+        found = f"has no mask for {len(missing)} pairs that count in 2023, such as {missing[0]}"
+        print(f"{masks.path}: {found}; they are left out", file=sys.stderr)
     return members
 
 
@@ -218,23 +224,19 @@ class ChallengeFiles:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self._archive: zipfile.ZipFile | None = None
-        if not self.path.exists():
-            raise DataError(
-                f"{path}: no such file or folder; give a folder or zip of <log_id>/<name>.feather"
-            )
+        with data.naming(path, "neither a folder nor a whole zip", "download it again"):
+            if not self.path.exists():
+                wanted = "give a folder or zip of <log_id>/<name>.feather"
+                raise DataError(f"{path}: no such file or folder; {wanted}")
 
-        # Names in a zip have slashes on every system. `as_posix` gives the same form in a folder.
-        if self.path.is_dir():
-            files = self.path.rglob("*.feather")
-            names = [file.relative_to(self.path).as_posix() for file in files]
-        else:
-            try:
+            # Names in a zip have slashes on every system. `as_posix` gives the same form in a
+            # folder.
+            if self.path.is_dir():
+                files = self.path.rglob("*.feather")
+                names = [file.relative_to(self.path).as_posix() for file in files]
+            else:
                 self._archive = zipfile.ZipFile(self.path)
-            except (zipfile.BadZipFile, OSError) as error:
-                raise DataError(
-                    f"{path}: neither a folder nor a whole zip ({error}); download it again"
-                ) from error
-            names = self._archive.namelist()
+                names = self._archive.namelist()
 
         self.members: dict[tuple[str, str], str] = {}
         for name in sorted(names):
@@ -280,17 +282,12 @@ class ChallengeFiles:
                 )
         return table
 
-    def _unpacked(self, member: str) -> pyarrow.BufferReader | None:
+    def _unpacked(self, member: str) -> bytes | None:
         """The content of a file in a zip; None in a folder, where it is read from the disk."""
         if self._archive is None:
             return None
-        try:
-            return pyarrow.BufferReader(self._archive.read(member))
-        # RuntimeError: the file is encrypted, or compressed by a method that Python does not know.
-        except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError) as error:
-            raise DataError(
-                f"{self.path / member}: cannot be unpacked ({error}); download or make it again"
-            ) from error
+        with data.naming(self.path / member, "cannot be unpacked"):
+            return self._archive.read(member)
 
     def mask(self, pair: SweepPair) -> torch.Tensor | None:
         """(N0,) bool: the points of a pair that 2023 scores; None if it does not score the pair.
@@ -345,7 +342,17 @@ class ChallengePredictions:
         2023, or not valid in 2024. is_dynamic is None for 2024, whose files do not contain it.
         Raises DataError naming the file if it cannot be read.
         """
-        return self._read_2023(pair) if self.challenge == 2023 else self._read_2024(pair)
+        read = self._read_2023 if self.challenge == 2023 else self._read_2024
+        residual, is_dynamic = read(pair)
+
+        # NaN has no error: depending on the metric it would count as bad, as good, or not at all.
+        is_lost = ~residual.isfinite().all(dim=1) & pair.pc0.isfinite().all(dim=1)  # (N0,)
+        if is_lost.any():
+            raise DataError(
+                f"{self.files.path}: {pair.log_id}/{self._stems[pair.key]}.feather: flow is not "
+                f"finite at {int(is_lost.sum())} points; make the file again"
+            )
+        return residual, is_dynamic
 
     def _read_2023(self, pair: SweepPair) -> tuple[torch.Tensor, torch.Tensor]:
         mask = self._mask_of(pair)  # (N0,), M of them True

@@ -1,18 +1,22 @@
-"""Your own LiDAR: folders of clouds in common formats, their poses, and ground without a map.
+"""Your own LiDAR: folders of clouds, their times and poses, and ground without a map.
 
 Points are (N, 3) in meters, in the frame of the sensor at that sweep, z up; it plays the part of
 the ego frame. Poses are world_SE3_sensor (4 x 4, float64). Times are in nanoseconds. Clouds have no
 annotations, so their pairs have no true flow. ZeroFlow (Vedder et al., ICLR 2024) takes its ground
 from Argoverse 2's maps; the rule without a map is this project's own.
 
-Formats: .feather, .bin (KITTI), .npy, .npz, .ply, .pcd; poses as KITTI or TUM text, or .feather.
-This file needs data.py beside it.
+Clouds may be in any format of formats.py; poses are KITTI or TUM text, or .feather. This file needs
+data.py and formats.py beside it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import datetime
+import math
 import os
 import re
+from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 
@@ -23,10 +27,16 @@ from scipy.spatial import cKDTree
 
 import data
 from data import DataError
+from formats import CLOUD_SUFFIXES, read_bin, read_cloud
 
-CLOUD_SUFFIXES = (".feather", ".bin", ".npy", ".npz", ".ply", ".pcd")
-POSE_FILES = ("poses.txt", "city_SE3_egovehicle.feather")  # in the folder, or in the one above
+POSE_FILES = ("poses.txt", "city_SE3_egovehicle.feather")  # looked for in `_places`
+MIN_RANGE_M = 2.5  # nearer points are the ego's own body: in KITTI its roof, 32 points of a sweep
 MAX_POSE_GAP_NS = 1e6  # a pose belongs to a cloud if their times differ by at most 1 ms
+# Names that many folders share, in lower case. The name above them tells one drive from another.
+GENERIC_FOLDERS = (
+    "bin clouds data lidar lidar_top pcd pcds ply pointcloud pointclouds points samples scans "
+    "sensors sweeps velodyne velodyne_points"
+).split()
 GROUND_REACH_M = 100  # is_ground_without_map looks this far in x and y
 
 
@@ -41,6 +51,8 @@ def open_folder(
     sweeps_per_log: int | None,
     poses: str | Path | None,
     rate_hz: float,
+    columns: int | None = None,
+    min_range_m: float | None = None,
 ) -> CloudPairs:
     """The reader that `data.open_dataset` calls for any folder without logs; its arguments.
 
@@ -49,19 +61,20 @@ def open_folder(
     # true_flow makes no difference: clouds come without annotations.
     if not list_clouds(folder):
         raise DataError(_what_is_there(folder))
-    return CloudPairs(folder, ground, pairs_per_log, sweeps_per_log, poses, rate_hz)
+    return CloudPairs(
+        folder, ground, pairs_per_log, sweeps_per_log, poses, rate_hz, columns, min_range_m
+    )
 
 
 def _what_is_there(folder: Path) -> str:
-    """The message for a folder that is not a data set: most often it is one level too high."""
-    splits = []
-    for child in sorted(child for child in folder.iterdir() if child.is_dir()):
-        has_logs = any(data.is_log(grandchild) for grandchild in child.iterdir())
-        if has_logs or data.is_waymo(child) or list_clouds(child):
-            splits.append(child.name)
-    if splits:
-        example = folder / splits[0]
-        return f"{folder}: holds the splits {', '.join(splits)}; choose one, as in {example}"
+    """The message for a folder that is not a data set: most often it is some levels too high."""
+    level = [folder]
+    for _ in range(3):
+        level = [child for place in level for child in _subfolders(place)][:1000]
+        splits = [place for place in level if _is_split(place)]
+        if splits:
+            names = ", ".join(str(split.relative_to(folder)) for split in splits[:20])
+            return f"{folder}: holds the splits {names}; choose one, as in {splits[0]}"
     return (
         f"{folder}: no Argoverse 2 log in it (a log is a folder with sensors/lidar/<timestamp_ns>"
         ".feather), no Waymo split (with lidar and vehicle_pose), and no clouds "
@@ -69,15 +82,30 @@ def _what_is_there(folder: Path) -> str:
     )
 
 
+def _subfolders(folder: Path) -> list[Path]:
+    with contextlib.suppress(OSError):  # `data.open_dataset` reports a folder that cannot be read
+        return data.subfolders(folder, lambda _: True)[0]
+    return []
+
+
+def _is_split(folder: Path) -> bool:
+    with contextlib.suppress(OSError, DataError):
+        has_logs = any(data.is_log(child) for child in _subfolders(folder))
+        return has_logs or data.is_waymo(folder) or bool(list_clouds(folder))
+    return False
+
+
 class CloudPairs(data.Pairs):
     """Pairs of a folder of clouds, each in its own sensor frame, and their poses.
 
-    The log id is the name of the folder and of the one above: many folders are called velodyne.
+    The log id is the name of the folder and of those above, up to one that is not generic: many
+    folders are called velodyne_points/data. `notes` reports how names and files were understood.
     ground: "auto" or "points" (see `is_ground_without_map`), or "none".
     pairs_per_log, sweeps_per_log: see `data.open_dataset`.
-    poses: a file for `read_poses`; None: the first of POSE_FILES in the folder or the one above.
-    Without any, all clouds are taken to be in one frame, and `notes` reports it.
+    poses: a file for `read_poses`; None: the first of POSE_FILES in the folder, in the one above,
+    or above folders with generic names. Without any, all clouds are taken to be in one frame.
     rate_hz: sweeps per second, for names that are not times.
+    columns: see `read_cloud`. min_range_m: see `no_returns_to_nan`; None: MIN_RANGE_M.
     Raises DataError naming the folder or file.
     """
 
@@ -89,6 +117,8 @@ class CloudPairs(data.Pairs):
         sweeps_per_log: int | None = None,
         poses: str | Path | None = None,
         rate_hz: float = 10.0,
+        columns: int | None = None,
+        min_range_m: float | None = None,
     ):
         super().__init__()
         folder = Path(folder)
@@ -97,11 +127,16 @@ class CloudPairs(data.Pairs):
             raise DataError(
                 f"{folder}: clouds have no map for ground {ground!r}; choose points or none"
             )
-        if not rate_hz > 0:
+        if not 0 < rate_hz < math.inf:
             raise DataError(f"rate_hz {rate_hz}: give the number of sweeps per second, such as 10")
+        self.columns = columns
+        self.min_range_m = MIN_RANGE_M if min_range_m is None else min_range_m
+        if not 0 <= self.min_range_m < math.inf:
+            raise DataError(f"min_range_m {min_range_m}: give meters, or 0 for no limit")
 
-        files, stamps_ns, has_times = self._stamp(list_clouds(folder), rate_hz)
-        self.pose_file = _find_poses(folder) if poses is None else Path(poses)
+        files, stamps_ns, has_times = self._stamp(folder, rate_hz)
+        places = _places(folder)
+        self.pose_file = _find_poses(places) if poses is None else Path(poses)
         if self.pose_file is None:
             world_SE3_sensors = np.broadcast_to(np.eye(4), (len(files), 4, 4))
             hint = "name a pose file if they are not"
@@ -111,7 +146,8 @@ class CloudPairs(data.Pairs):
         else:
             times_ns = stamps_ns if has_times else None
             found = read_poses(self.pose_file, folder, len(files), times_ns)
-            world_SE3_sensors, self.notes = found
+            world_SE3_sensors, notes = found
+            self.notes += notes
 
         # Of two clouds with the same time (0.npy and 000000.npy) the first counts.
         self._sweeps: dict[int, tuple[Path, np.ndarray]] = {}
@@ -121,51 +157,82 @@ class CloudPairs(data.Pairs):
                 self.skipped.append(f"{file}: has the time of {other}; remove one of them")
             else:
                 self._sweeps[stamp] = (file, pose)
-        log_id = f"{data.log_id_of(data.parent_of(folder))}-{data.log_id_of(folder)}"
-        max_gap_ns = round(
-            1.5e9 / rate_hz
-        )  # one and a half sweeps: a longer gap is a missing sweep
+        log_id = "-".join(data.log_id_of(place) for place in reversed(places))
+        log_id = log_id.encode(errors="backslashreplace").decode()  # it may not be UTF-8
+        # One and a half sweeps: a longer gap is a missing sweep.
+        max_gap_ns = round(1.5e9 / rate_hz)
         self.add_log(folder, log_id, self._sweeps, pairs_per_log, sweeps_per_log, max_gap_ns)
+        with contextlib.suppress(DataError):  # what cannot be read is reported with its pair
+            self._note_points(files[0])
 
-    def _stamp(self, files: list[Path], rate_hz: float) -> tuple[list[Path], list[int], bool]:
+    def _stamp(self, folder: Path, rate_hz: float) -> tuple[list[Path], list[int], bool]:
         """The files that are sweeps, their times in ns, and whether these came from the names."""
-        numbers = {file: _name_as_number(file.stem) for file in files}
-        numbered = [file for file in files if numbers[file] is not None]
-
-        # Where most names are not numbers (frame_a, frame_b), only their order counts.
-        if 2 * len(numbered) <= len(files):
-            return files, [round(i * 1e9 / rate_hz) for i in range(len(files))], False
-
-        # Otherwise the few other files are something else, such as map.ply.
-        for file in files:
-            if numbers[file] is None:
-                reason = "its name is not a number, as the others are; remove or rename it"
+        listed = list_clouds(folder)
+        stamps, has_times, how = _times_of(listed, rate_hz)
+        self.notes.append(f"{folder}: {how}")
+        files, stamps_ns = [], []
+        for file, stamp in zip(listed, stamps, strict=True):
+            if stamp is None:  # it is something else, such as map.ply
+                kind = "time" if has_times else "number"
+                reason = f"its name is not a {kind}, as the others are; remove or rename it"
                 self.skipped.append(f"{file}: {reason}")
+            else:
+                files.append(file)
+                stamps_ns.append(stamp)
+        return files, stamps_ns, has_times
 
-        # Large numbers are times since 1970. A decimal point means seconds (perhaps since the start
-        # of a machine). Small whole numbers count sweeps, so that a missing number is a gap.
-        largest = max(numbers[file] for file in numbered)
-        unit_ns = _unit_ns(largest)
-        if unit_ns is None and isinstance(largest, Fraction):
-            unit_ns = 1_000_000_000
-        if unit_ns is None:
-            return numbered, [round(numbers[file] * 1e9 / rate_hz) for file in numbered], False
-        return numbered, [int(numbers[file] * unit_ns) for file in numbered], True
+    def _note_points(self, file: Path) -> None:
+        """Note how a cloud was understood, where that is not a matter of course."""
+        points = read_cloud(file, self.columns)
+        if file.suffix.lower() == ".bin":
+            rows = read_bin(file, self.columns)
+            if (rows.shape[1], rows.dtype) != (4, "<f4"):  # not KITTI's
+                found = f"{rows.shape[1]} {rows.dtype.name} numbers (--columns)"
+                self.notes.append(f"{file}: read as rows of {found}")
+        is_return = np.isfinite(data.nan_bad_rows(points)).all(axis=1)
+        is_kept = np.isfinite(no_returns_to_nan(points, self.min_range_m)).all(axis=1)
+        if not is_kept.all():
+            near = (is_return & ~is_kept).sum()
+            self.notes.append(
+                f"{file}: of its {len(points):,} points {(~is_return).sum():,} are no returns "
+                f"(0 0 0, or not finite) and {near:,} are nearer than {self.min_range_m:g} m "
+                "(--min-range-m); such points are ignored in all clouds"
+            )
 
     def read(self, key: data.PairKey) -> data.SweepPair:
-        points, is_ground, world_SE3_sensors = [], [], []
+        names, points, is_ground, world_SE3_sensors = [], [], [], []
         for stamp in (key.timestamp0_ns, key.timestamp1_ns):
             file, world_SE3_sensor = self._sweeps[stamp]
-            try:
+            names.append(file.name)
+            problem = f"no pose for {file.name}"
+            with data.naming(self.pose_file, problem, "correct it or remove that cloud"):
                 world_SE3_sensors.append(check_pose(world_SE3_sensor))
-            except ValueError as error:
-                reason = f"no pose for {file.name} ({error})"
-                raise DataError(f"{self.pose_file}: {reason}; remove that cloud") from error
             # A bad row becomes NaN but stays, so that row i of the file is row i of the pair.
-            points.append(data.nan_bad_rows(read_cloud(file)))
-            is_ground.append(GROUND_WITHOUT_MAP[self.ground](points[-1]))
+            cloud = no_returns_to_nan(read_cloud(file, self.columns), self.min_range_m)
+            if not np.isfinite(cloud).any():
+                reason = f"none of its points is {self.min_range_m:g} m away or more"
+                raise DataError(f"{file}: {reason}; are they in meters? See --min-range-m")
+            points.append(cloud)
+            is_ground.append(GROUND_WITHOUT_MAP[self.ground](cloud))
+
         sensor1_SE3_sensor0 = data.inverse(world_SE3_sensors[1]) @ world_SE3_sensors[0]
+        if self.pose_file is not None:
+            problem = f"wrong poses of {names[0]} and {names[1]}, {key.seconds:g} s apart"
+            with data.naming(self.pose_file, problem, "correct the poses or --rate-hz"):
+                data.check_ego_motion(sensor1_SE3_sensor0, key.seconds)
         return data.make_pair(key, points, is_ground, sensor1_SE3_sensor0, {})
+
+
+def no_returns_to_nan(points: np.ndarray, min_range_m: float = MIN_RANGE_M) -> np.ndarray:
+    """(N, 3) float64 in the sensor's frame; rows that are no returns from the world become NaN.
+
+    They are not finite, 0 0 0 (a ray without an echo), or nearer to the origin than min_range_m:
+    the ego's own body, which would seem to move like the ego.
+    """
+    points = data.nan_bad_rows(points)
+    is_near = (points**2).sum(axis=1) < min_range_m**2  # False for NaN
+    points[is_near] = np.nan
+    return points
 
 
 def pair_of_clouds(
@@ -178,7 +245,8 @@ def pair_of_clouds(
     """A pair from your own clouds (N0, 3), (N1, 3), each in its own ego frame.
 
     Without a pose, both are taken to be in the same frame. Ground (N0,), (N1,) bool: if not given,
-    no point is ground. Raises ValueError where shapes do not fit.
+    no point is ground. A row that is not finite or 0 0 0 becomes NaN. Raises ValueError where
+    shapes do not fit.
     """
     pose = np.eye(4) if ego1_SE3_ego0 is None else check_pose(ego1_SE3_ego0)
     clouds, masks = [], []
@@ -196,7 +264,7 @@ def pair_of_clouds(
         if mask.shape != (len(points),) or mask.dtype != bool:
             wanted = f"expected a bool for each of {len(points)} points"
             raise ValueError(f"ground {name} is {mask.shape} {mask.dtype}, {wanted}")
-        clouds.append(points)
+        clouds.append(data.nan_bad_rows(points))
         masks.append(mask)
     return data.make_pair(data.PairKey("", 0, 0), clouds, masks, pose, {})
 
@@ -209,11 +277,17 @@ def _to_float64(values: Array) -> np.ndarray:
 
 
 def list_clouds(folder: Path) -> list[Path]:
-    """The clouds in a folder, sorted by name; frame9 comes before frame10."""
-    # Feather files are left out: in such a folder they are Argoverse 2's poses or annotations.
-    suffixes = [suffix for suffix in CLOUD_SUFFIXES if suffix != ".feather"]
-    files = [folder / name for name in os.listdir(folder) if not name.startswith(".")]
-    files = [file for file in files if file.suffix in suffixes]
+    """The clouds in a folder, sorted by name; frame9 comes before frame10. Raises DataError."""
+    with data.naming(folder, "not a folder that can be read", "give a folder of clouds"):
+        entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
+        names = [entry.name for entry in entries if not entry.is_dir()]
+    files = []
+    for name in names:
+        file = folder / name
+        # A Feather file is a sweep if its name is a time; others hold poses or annotations.
+        is_table = file.suffix.lower() == ".feather" and not re.fullmatch("[0-9]{10,}", file.stem)
+        if file.suffix.lower() in CLOUD_SUFFIXES and not is_table:
+            files.append(file)
 
     def by_number(file: Path) -> list[str | int]:
         pieces = re.split(r"([0-9]+)", file.name)  # text, digits, text, digits ...
@@ -222,13 +296,115 @@ def list_clouds(folder: Path) -> list[Path]:
     return sorted(files, key=by_number)
 
 
-def _name_as_number(stem: str) -> int | Fraction | None:
-    """Exact: as a float, today's time in seconds would have steps of a quarter microsecond."""
-    if re.fullmatch(r"[0-9]{1,19}", stem):
-        return int(stem)
-    if re.fullmatch(r"[0-9]{1,11}\.[0-9]{1,9}", stem):
-        return Fraction(stem)
-    return None
+# --- Times from names -----------------------------------------------------------------------------
+
+# Times inside names: ten digits are seconds since 1970, from 2001 to 2033; or a date. Three, six or
+# nine digits of a fraction may follow at once (1532402927647951 has microseconds), or any number
+# of digits after a mark (1583836591_582553088, 2021-10-26-16-21-29-468, 1700000000.5).
+SINCE_1970 = "1[0-9]{9}"
+DATE = "20[0-9]{2}([-_.]?[0-9]{2}){2}[-_.T ]?[0-9]{2}([-_.:]?[0-9]{2}){2}"
+FRACTION = "((?P<mark>[-_.,])(?P<split>[0-9]{1,9})|(?P<joined>([0-9]{3}){0,3}))"
+UNITS = {0: "seconds", 3: "milliseconds", 6: "microseconds", 9: "nanoseconds"}  # by decimals
+
+
+def _times_of(files: list[Path], rate_hz: float) -> tuple[list[int | None], bool, str]:
+    """Of each file its time in ns (None: its name is of another kind than most); whether these are
+    real times, rather than an order at an assumed rate; and a sentence that says what was done."""
+    stems = [file.stem for file in files]
+    for whole, form in ((SINCE_1970, "{} since 1970"), (DATE, "date and time of day, to {}")):
+        times_ns, decimals = _times_inside(stems, whole)
+        if times_ns:
+            return times_ns, True, f"names are times: {form.format(UNITS[decimals])}"
+
+    # Numbers that are not times count sweeps, so that a missing number is a gap.
+    assumed = f"{rate_hz:g} per second are assumed (--rate-hz)"
+    numbers = _numbers_inside(stems)
+    known = [number for number in numbers if number is not None]
+    unit_ns = _unit_of_numbers(known)
+    factor = Fraction(1e9 / rate_hz) if unit_ns is None else unit_ns
+    if 2 * len(known) > len(stems) and max(known) * factor < 2**63:  # what an int64 holds
+        stamps = [None if number is None else round(number * factor) for number in numbers]
+        if unit_ns is None:
+            return stamps, False, f"names count the clouds: {assumed}"
+        unit = UNITS[9 - round(math.log10(unit_ns))]
+        return stamps, True, f"names are times: {unit} since an unknown moment"
+
+    # Where most names are not numbers (frame_a, frame_b), only their order counts.
+    stamps = [round(i * 1e9 / rate_hz) for i in range(len(files))]
+    return stamps, False, f"names give only the order of the clouds: {assumed}"
+
+
+def _times_inside(stems: list[str], whole: str) -> tuple[list[int | None], int]:
+    """Times in ns since 1970, and how many decimals of a second; [] if the names are no times."""
+    # The last time in a name counts: the first may be that of the log.
+    pattern = re.compile(f"(?<![0-9])(?P<whole>{whole}){FRACTION}(?![0-9])")
+    found = []  # seconds (ten digits, or none), mark, fraction
+    for stem in stems:
+        matches = [*pattern.finditer(stem)]
+        mark, split, joined = matches[-1].group("mark", "split", "joined") if matches else [""] * 3
+        seconds = _seconds(matches[-1]["whole"]) if matches else ""
+        found.append((seconds, mark, split or joined or ""))
+
+    # After a point, 5 is 500 ms. After other marks programs often leave out leading zeros: where
+    # the fractions of a folder differ in length, the longest tells if they are ms, us, or ns.
+    lengths = {len(fraction) for seconds, _, fraction in found if seconds} or {0}
+    decimals = -(-max(lengths) // 3) * 3
+    width = max(lengths) if len(lengths) == 1 else decimals
+    times_ns: list[int | None] = []
+    for seconds, mark, fraction in found:
+        fraction = fraction if mark == "." else fraction.zfill(width)
+        times_ns.append(int((seconds + fraction).ljust(19, "0")) if seconds else None)
+
+    # Most names must have a time of their own, and no sensor turns a thousand times per second: a
+    # date that all names share is not their time, nor is the number behind it a fraction.
+    distinct = sorted(set(times_ns) - {None})
+    is_too_fast = len(distinct) > 1 and np.median(np.diff(distinct)) < 1e6
+    is_time = 2 * len(distinct) > len(stems) and not is_too_fast
+    return (times_ns if is_time else []), decimals
+
+
+def _seconds(whole: str) -> str:
+    """Seconds since 1970, ten digits, of these or of a date (UTC); "": there is no such date."""
+    if re.fullmatch(SINCE_1970, whole):
+        return whole
+    try:
+        moment = datetime.datetime.strptime(re.sub("[^0-9]", "", whole), "%Y%m%d%H%M%S")
+    except ValueError:
+        return ""
+    return f"{moment.replace(tzinfo=datetime.UTC).timestamp():010.0f}"
+
+
+def _numbers_inside(stems: list[str]) -> list[int | Fraction | None]:
+    """The only number that changes from name to name, where names differ in nothing else."""
+    shapes = [re.sub("[0-9]+", "0", stem) for stem in stems]
+    shape = Counter(shapes).most_common(1)[0][0]
+    digits = [re.findall("[0-9]+", stem) for stem in stems]
+    same = [row for row, its in zip(digits, shapes, strict=True) if its == shape]
+    changing = [i for i, row in enumerate(zip(*same, strict=True)) if len(set(row)) > 1] or [-1]
+
+    numbers: list[int | Fraction | None] = []
+    for stem, row, its in zip(stems, digits, shapes, strict=True):
+        if its != shape or not row:
+            numbers.append(None)
+        elif shape == "0.0":  # exact: as floats, times in seconds would have steps of 0.2 us
+            numbers.append(Fraction(stem))
+        else:
+            numbers.append(int(row[changing[0]]) if len(changing) == 1 else None)
+    return numbers
+
+
+def _unit_of_numbers(numbers: list[int | Fraction]) -> int | None:
+    """The unit, in ns, of names that are numbers; None: they count."""
+    if any(isinstance(number, Fraction) for number in numbers):
+        return 1_000_000_000  # a decimal point means seconds, perhaps since the start of a machine
+    # Nobody counts to ten million. Sweeps are 10 ms to 1 s apart, which tells the unit.
+    largest, distinct = max(numbers, default=0), sorted(set(numbers))
+    if largest >= 1e7 and len(distinct) > 1:
+        step = np.median(np.diff(np.array(distinct, dtype=float)))
+        for unit_ns in (1, 1_000, 1_000_000):
+            if 1e7 <= step * unit_ns <= 1e9:
+                return unit_ns
+    return _unit_ns(largest)
 
 
 def _unit_ns(largest: int | float | Fraction) -> int | None:
@@ -240,209 +416,16 @@ def _unit_ns(largest: int | float | Fraction) -> int | None:
     return None
 
 
-# --- Clouds ---------------------------------------------------------------------------------------
-
-
-def read_cloud(file: str | Path) -> np.ndarray:
-    """(N, 3): the points of a file, in its own floating dtype.
-
-    .feather: the columns x, y, z. .bin: KITTI's rows of x, y, z, intensity, float32. .npy: an
-    array (N, 3 or more) of which the first three columns count. .npz: the same, as the only array
-    or the one called points. .ply (ascii, binary) and .pcd (ascii, binary, compressed): the fields
-    x, y, z of any type; VIEWPOINT is not applied. Raises DataError naming the file and the remedy.
-    """
-    file = Path(file)
-    if file.suffix == ".feather":
-        return data.read_points(file)
-    if file.suffix not in _READERS:
-        formats = ", ".join(CLOUD_SUFFIXES)
-        raise DataError(f"{file}: not a format of clouds; convert it to one of {formats}")
-    return data.read_points(file, _READERS[file.suffix])
-
-
-def _read_kitti(file: Path) -> np.ndarray:
-    values = np.fromfile(file, dtype="<f4")
-    size = file.stat().st_size
-    if size % 16:
-        raise ValueError(f"{size} bytes are not a whole number of rows of four float32 numbers")
-    return values.reshape(-1, 4)
-
-
-def _read_npy(file: Path) -> np.ndarray:
-    return np.load(file, allow_pickle=False)
-
-
-def _read_npz(file: Path) -> np.ndarray:
-    with np.load(file, allow_pickle=False) as arrays:
-        if "points" in arrays:
-            return arrays["points"]
-        if len(arrays.files) != 1:
-            raise ValueError(f"it holds {arrays.files}, and none of them is called points")
-        return arrays[arrays.files[0]]
-
-
-# PLY's older names of types; the newer ones (int8 ... float64) are NumPy's own.
-_PLY_TYPES = {"char": "i1", "uchar": "u1", "short": "i2", "ushort": "u2", "int": "i4", "uint": "u4"}
-_PLY_TYPES |= {"float": "f4", "double": "f8"}
-_PLY_ORDERS = {"ascii": "=", "binary_little_endian": "<", "binary_big_endian": ">"}
-
-
-def _read_ply(file: Path) -> np.ndarray:
-    content = file.read_bytes()
-    header = re.match(rb"ply\s.*?\nend_header\r?\n", content, re.DOTALL)
-    if not header:
-        raise ValueError("it does not begin with ply ... end_header")
-    form, elements = _parse_ply_header(header[0].decode("ascii", "replace"))
-
-    # The elements follow each other without gaps, each as `count` rows of its properties. Walk over
-    # them until the vertices. `lines` is what remains of a text file, `body` of a binary one.
-    body = content[header.end() :]
-    lines = body.split(b"\n") if form == "ascii" else []
-    for element, count, properties in elements:
-        if "list" in properties.values():  # its rows differ in length, so it cannot be skipped
-            raise ValueError(f"a list among or before the vertices, in {element}, is not supported")
-        fields = []
-        for name, kind in properties.items():
-            fields.append((name, np.dtype(kind).newbyteorder(_PLY_ORDERS[form])))
-        row = np.dtype(fields)
-        if element == "vertex" and form == "ascii":
-            return _text_xyz(lines, count, row.names)
-        if element == "vertex":
-            return _stack_xyz(np.frombuffer(body, row, count))
-        lines = lines[count:]
-        body = body[count * row.itemsize :]
-    raise ValueError("it has no vertices")
-
-
-def _parse_ply_header(header: str) -> tuple[str, list[tuple[str, int, dict[str, str]]]]:
-    """The format, and of each element its name, number of rows, and property -> NumPy's type."""
-    form, elements = "", []
-    for line in header.splitlines():
-        match line.split():
-            case ["format", form, _]:
-                pass
-            case ["element", name, count]:
-                elements.append((name, int(count), {}))
-            case ["property", kind, *_, name]:
-                properties = elements[-1][2]
-                properties[name] = _PLY_TYPES.get(kind, kind)
-    return form, elements
-
-
-def _read_pcd(file: Path) -> np.ndarray:
-    content = file.read_bytes()
-    header_end = re.search(rb"^DATA\s+(\w+)[^\n]*\n", content, re.MULTILINE)
-    if not header_end:
-        raise ValueError("it has no line DATA")
-    form, body = header_end[1], content[header_end.end() :]
-    header = {}  # first word of a line -> the other words
-    for line in content[: header_end.end()].decode("ascii", "replace").splitlines():
-        words = line.split()
-        if words:
-            header[words[0]] = words[1:]
-    row, count = _pcd_row(header), int(header["POINTS"][0])
-
-    if form == b"ascii":
-        return _text_xyz(body.split(b"\n"), count, row.names)
-    if form == b"binary":
-        return _stack_xyz(np.frombuffer(body, row, count))
-    if form != b"binary_compressed":
-        raise ValueError(f"its DATA is {form}")
-
-    # Compressed: two sizes, then all values of the first field, all of the second, and so on.
-    packed_size, unpacked_size = np.frombuffer(body, "<u4", 2).tolist()
-    unpacked = _unpack_lzf(body[8 : 8 + packed_size], unpacked_size)
-    columns = {}
-    for name, (kind, offset) in row.fields.items():
-        # A field that begins `offset` bytes into a row begins `count * offset` bytes into this.
-        columns[name] = np.frombuffer(unpacked, kind, count, count * offset)
-    return _stack_xyz(columns)
-
-
-def _pcd_row(header: dict[str, list[str]]) -> np.dtype:
-    """One point of a .pcd file as a structured dtype."""
-    names = header["FIELDS"]
-    counts = header.get("COUNT", ["1"] * len(names))
-    fields = []
-    for name, size, kind, count in zip(names, header["SIZE"], header["TYPE"], counts, strict=True):
-        dtype = f"<{kind.lower()}{size}"  # F 4 becomes <f4
-        if name in ("x", "y", "z"):
-            fields.append((name, dtype))
-            continue
-        # Other names may occur twice (padding is called _), and one field may be several numbers.
-        # Each number becomes a field with a name of its own; none of them is read.
-        for _ in range(int(count)):
-            fields.append((f"{len(fields)} {name}", dtype))
-    return np.dtype(fields)
-
-
-def _unpack_lzf(packed: bytes, size: int) -> bytes:
-    """Undo LZF compression. Raises ValueError or IndexError unless it gives `size` bytes."""
-    output, position = bytearray(), 0
-    while position < len(packed):
-        control = packed[position]
-        position += 1
-
-        # A control byte below 32: the next `control + 1` bytes are copied as they are.
-        if control < 32:
-            output += packed[position : position + control + 1]
-            position += control + 1
-            continue
-
-        # Otherwise earlier output repeats. Its length is in the upper three bits, less 2; if they
-        # are all set, the next byte adds to it. The other five bits and one more byte say how far
-        # back it starts, less 1.
-        length = (control >> 5) + 2
-        if length == 7 + 2:
-            length += packed[position]
-            position += 1
-        distance = ((control & 31) << 8) + packed[position] + 1
-        position += 1
-        start = len(output) - distance
-        if start < 0:
-            raise ValueError("its compressed part refers to bytes before its beginning")
-        for i in range(start, start + length):  # one by one: it may repeat bytes it just wrote
-            output.append(output[i])
-    if len(output) != size:
-        raise ValueError(f"its compressed part has {len(output)} bytes, expected {size}")
-    return bytes(output)
-
-
-def _stack_xyz(columns: np.ndarray | dict[str, np.ndarray]) -> np.ndarray:
-    """(N, 3) from a structured array, or a dict of columns, with the names x, y, z."""
-    return np.stack([columns[axis] for axis in "xyz"], axis=1)
-
-
-def _text_xyz(lines: list[bytes], count: int, names: tuple[str, ...]) -> np.ndarray:
-    """(count, 3): x, y, z from rows of numbers as text; names: of all columns."""
-    columns = [names.index(axis) for axis in "xyz"]
-    points = np.loadtxt(lines[:count], usecols=columns, ndmin=2)
-    if len(points) != count:
-        raise ValueError(f"it has {len(points)} points, expected {count}")
-    return points
-
-
-_READERS = {
-    ".bin": _read_kitti,
-    ".npy": _read_npy,
-    ".npz": _read_npz,
-    ".ply": _read_ply,
-    ".pcd": _read_pcd,
-}
-
-
 # --- Poses ----------------------------------------------------------------------------------------
 
 
 def read_pose(file: str | Path) -> np.ndarray:
     """A rigid transform (4, 4) float64 from .npy or four lines of text. Raises DataError."""
     file = Path(file)
-    try:
-        if file.suffix == ".npy":
+    with data.naming(file, "not a 4 x 4 pose as text or .npy"):
+        if file.suffix.lower() == ".npy":
             return check_pose(np.load(file, allow_pickle=False))
-        return check_pose(np.loadtxt(file.read_text().splitlines()))
-    except Exception as error:  # np.load and np.loadtxt raise many kinds
-        raise DataError(f"{file}: not a 4 x 4 pose as text or .npy ({error})") from error
+        return check_pose(np.loadtxt(file.read_text(encoding="utf-8").splitlines()))
 
 
 def check_pose(pose: Array) -> np.ndarray:
@@ -459,8 +442,16 @@ def check_pose(pose: Array) -> np.ndarray:
     return pose
 
 
-def _find_poses(folder: Path) -> Path | None:
-    for place in (folder, data.parent_of(folder)):
+def _places(folder: Path) -> list[Path]:
+    """The folder, the one above it, and those above as long as their names are generic."""
+    places = [Path(os.path.abspath(folder)), data.parent_of(folder)]
+    while places[-1].name.lower() in GENERIC_FOLDERS:
+        places.append(places[-1].parent)
+    return places
+
+
+def _find_poses(places: list[Path]) -> Path | None:
+    for place in places:
         for name in POSE_FILES:
             if (place / name).is_file():
                 return place / name
@@ -475,10 +466,11 @@ def read_poses(
     Rows of 12 numbers are KITTI's 3 x 4, one per cloud, in the order of the clouds. Rows of 8 are
     TUM's `time tx ty tz qx qy qz qw` (in s, or by their size ms, us, or ns). A .feather file has
     Argoverse 2's columns. times_ns: when the clouds were taken, if their names tell; None: poses
-    are matched by order. A cloud without a pose within 1 ms gets NaN. Raises DataError naming the
+    are matched by order. A cloud without a pose within 1 ms gets NaN. Poses of KITTI's camera are
+    converted by the calib.txt beside them, or in or above the folder. Raises DataError naming the
     file.
     """
-    pose_ns, world_SE3_sensors, notes = _read_pose_rows(file)
+    pose_ns, world_SE3_sensors, notes = _read_pose_rows(file, [file.parent, *_places(folder)])
     if pose_ns is None or times_ns is None:
         found = len(world_SE3_sensors)
         if found != count:
@@ -499,53 +491,73 @@ def read_poses(
     return np.where(has_pose[:, None, None], world_SE3_sensors[nearest], np.nan), notes
 
 
-def _read_pose_rows(file: Path) -> tuple[np.ndarray | None, np.ndarray, list[str]]:
+def _read_pose_rows(
+    file: Path, places: list[Path]
+) -> tuple[np.ndarray | None, np.ndarray, list[str]]:
     """Times (M,) in ns as float64, if the file has them; poses (M, 4, 4); notes."""
-    if file.suffix == ".feather":
+    if file.suffix.lower() == ".feather":
         columns = ["timestamp_ns", *data.POSE_COLUMNS]
         rows = data.read_numbers(file, data.read_feather(file, columns), columns)
         return rows[:, 0], data.poses_from_rows(rows[:, 1:]), []
-    try:
-        lines = file.read_text().split("\n")
+    with data.naming(file, "its poses cannot be read", "make it again, or give another"):
+        lines = file.read_text(encoding="utf-8").split("\n")
         if not any(lines):
             raise ValueError("it is empty")
         rows = np.loadtxt(lines, ndmin=2)
         if rows.shape[1] not in (8, 12):
             found = f"it has {rows.shape[1]} numbers per row"
             raise ValueError(f"{found}, expected 12 (KITTI) or 8 (TUM)")
-    except (OSError, ValueError) as error:
-        reason = f"its poses cannot be read ({error})"
-        raise DataError(f"{file}: {reason}; make it again, or give another") from error
     if rows.shape[1] == 12:
-        poses, notes = _kitti_poses(rows, file.with_name("calib.txt"))
+        rows = rows.reshape(-1, 3, 4)
+        poses, notes = _lidar_poses(file, data.rigid(rows[..., :3], rows[..., 3]), places)
         return None, poses, notes
     # float64 holds times in ns to within 128 ns, and 1 ms is all that matters here.
     unit_ns = _unit_ns(rows[:, 0].max()) or 1_000_000_000
     poses = data.poses_from_rows(rows[:, [7, 4, 5, 6, 1, 2, 3]])  # TUM has w last, rotation last
-    return rows[:, 0] * unit_ns, poses, []
+    poses, notes = _lidar_poses(file, poses, places)
+    return rows[:, 0] * unit_ns, poses, notes
 
 
-def _kitti_poses(rows: np.ndarray, calibration: Path) -> tuple[np.ndarray, list[str]]:
-    """world_SE3_sensor (N, 4, 4) from rows (N, 12), and notes."""
-    rows = rows.reshape(-1, 3, 4)
-    poses = data.rigid(rows[..., :3], rows[..., 3])
-    if not calibration.is_file():
-        return poses, []
+def _lidar_poses(file: Path, poses: np.ndarray, places: list[Path]) -> tuple[np.ndarray, list[str]]:
+    """world_SE3_sensor (N, 4, 4) and notes, from the poses of a file: the lidar's or a camera's."""
+    # How do its steps (each in the frame of its own sensor) point? A lidar has z up and hardly
+    # moves along it, a camera looks along its z. The median ignores a few torn poses.
+    with np.errstate(all="ignore"):
+        steps = (data.inverse(poses[:-1]) @ poses[1:])[:, :3, 3]
+        length = np.linalg.norm(steps, axis=1)
+        share_of_z = np.abs(steps[:, 2]) / length
+    share_of_z = share_of_z[(length > 0.05) & np.isfinite(share_of_z)]
+    along_z = np.median(share_of_z) if len(share_of_z) else np.nan  # NaN: it stands still
 
     # KITTI's own poses are of its left camera, camera0_SE3_camera. Its calib.txt has Tr, which is
     # camera_SE3_lidar; with it they become the lidar's, in the frame of its first sweep.
-    try:
-        lines = calibration.read_text().splitlines()
-        lines = [line for line in lines if line.startswith("Tr:")]
-        if not lines:
-            return poses, []
-        values = np.array(lines[0].split()[1:], dtype=float)
-        camera_SE3_lidar = np.vstack([values.reshape(3, 4), (0, 0, 0, 1)])
-    except (OSError, ValueError) as error:
-        reason = f"its Tr is not a 3 x 4 pose ({error})"
-        raise DataError(f"{calibration}: {reason}; make it again or remove it") from error
+    calibration, camera_SE3_lidar = _read_calibration(places)
+    if camera_SE3_lidar is None:
+        if along_z > 0.7:
+            found = "its poses move along z, as a camera's do, but clouds have z up"
+            remedy = "give the lidar's poses, or put KITTI's calib.txt (with Tr) beside them"
+            raise DataError(f"{file}: {found}; {remedy}")
+        return poses, []
+    if along_z < 0.3:
+        note = "its Tr was not needed: the poses do not move along z, so they are the lidar's"
+        return poses, [f"{calibration}: {note}"]
     note = "by its Tr, KITTI's camera poses were made lidar poses; remove it if they were already"
     return data.inverse(camera_SE3_lidar) @ poses @ camera_SE3_lidar, [f"{calibration}: {note}"]
+
+
+def _read_calibration(places: list[Path]) -> tuple[Path | None, np.ndarray | None]:
+    """The first calib.txt that has a Tr, and it as camera_SE3_lidar (4, 4)."""
+    for calibration in (place / "calib.txt" for place in places):
+        if not calibration.is_file():
+            continue
+        with data.naming(calibration, "its Tr is not a 3 x 4 pose", "make it again or remove it"):
+            text = calibration.read_text(encoding="utf-8", errors="replace")
+            # Odometry has Tr:, objects Tr_velo_to_cam:, tracking Tr_velo_cam without a colon.
+            found = re.search(r"(?im)^[ \t]*Tr(?:_velo\w*)?[ \t]*[:= \t](.*)$", text)
+            if found:
+                values = np.array(found[1].split(), dtype=float).reshape(-1, 4)
+                return calibration, check_pose(np.vstack([values[:3], (0, 0, 0, 1)]))
+    return None, None
 
 
 # --- Ground without a map -------------------------------------------------------------------------

@@ -62,6 +62,10 @@ def train_main(argv: Sequence[str] | None = None) -> int:
 
 def _run(command: Callable[[], int]) -> int:
     """Call a command. What a user can mend is one line, without a traceback."""
+    # Names of files need not be UTF-8. Printing one must not end a run.
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         return command()
     except (DataError, OSError) as error:
@@ -89,25 +93,43 @@ def _synthesize(arguments: argparse.Namespace) -> int:
 def _check(arguments: argparse.Namespace) -> int:
     train.check_device(arguments.device)
     dataset = train.open_and_report(arguments.data, arguments)
-    found = survey(dataset, arguments.sample)
+    grid = fastflow3d.MODELS[arguments.model].half_extent_m
+    found = survey(dataset, arguments.sample, grid)
     found["kind"] = type(dataset).__name__.removesuffix("Pairs")
-    files = (file for file in Path(arguments.data).rglob("*") if file.is_file())
-    found["bytes"] = sum(file.stat().st_size for file in files)
+    found["notes"] = dataset.notes  # reading may have added some
+    found["bytes"] = _bytes_in(Path(arguments.data))
     found["is_usable"] = len(found["broken"]) <= arguments.max_broken * found["pairs_read"]
 
-    # What labeling and training would take, if there is a pair to try it on.
-    if len(found["broken"]) < found["pairs_read"]:
+    # Coordinates of a city, say, lie far outside of any student's grid: nothing would be learned.
+    is_outside = found.get("share_input") == 0
+    found["is_usable"] &= not is_outside
+
+    # What labeling and training would take, if there is a pair to try it on. This takes half a
+    # minute or more, so it is done only if it is asked for.
+    if arguments.cost and len(found["broken"]) < found["pairs_read"]:
         found |= cost(dataset, arguments.device, arguments.model)
     _print_survey(arguments, found)
     if arguments.json:
         _write_json(arguments.json, found)
 
     reason = f"cannot be used: more than {arguments.max_broken:.0%} is broken"
+    if is_outside:
+        reason = "cannot be used: no point is in the student's grid; are these ego coordinates?"
     print("can be used" if found["is_usable"] else reason)
     return 0 if found["is_usable"] else 1
 
 
-def survey(dataset: data.Pairs, sample: int | None) -> dict:
+def _bytes_in(folder: Path) -> int:
+    """Bytes of all files below a folder, also behind symbolic links; unreadable ones count as 0."""
+    total = 0
+    for place, _, names in os.walk(folder, followlinks=True):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.stat(os.path.join(place, name)).st_size
+    return total
+
+
+def survey(dataset: data.Pairs, sample: int | None, half_extent_m: zeroflow.Grid) -> dict:
     """What a data set holds, from reading `sample` of its pairs (None: all), evenly spread.
 
     `broken` lists what is wrong with the pairs that cannot be read.
@@ -124,7 +146,7 @@ def survey(dataset: data.Pairs, sample: int | None) -> dict:
             continue
         seconds.append(time.perf_counter() - start)
         points.append(len(pair.pc0))
-        is_input = data.input_masks(pair)[0]
+        is_input = data.input_masks(pair, half_extent_m)[0]
         shares.append([mask.float().mean().item() for mask in (~pair.is_ground0, is_input)])
         with_true_flow += pair.flow is not None
 
@@ -160,9 +182,11 @@ def cost(dataset: data.Pairs, device: str, model: str) -> dict[str, float]:
             break
     start = time.perf_counter()
     with zeroflow.one_thread():
-        zeroflow.make_labels([pair], nsfp.TEACHERS["fast"], device=device)
+        grid = fastflow3d.MODELS[model].half_extent_m
+        (label,) = zeroflow.make_labels([pair], nsfp.TEACHERS["fast"], grid, device)
     seconds_to_label = time.perf_counter() - start
     return {
+        "suspicion": labels.suspicion(label, pair),
         "seconds_to_label": seconds_to_label,
         "seconds_to_train": _seconds_to_train(pair, device, model),
     }
@@ -184,12 +208,12 @@ def _seconds_to_train(pair: data.SweepPair, device: str, model: str) -> float:
 
 
 def _print_survey(arguments: argparse.Namespace, found: dict) -> None:
-    hours = found["seconds_recorded"] / 3600
+    recorded = _duration(found["seconds_recorded"])
     print(
         f"{arguments.data}: {found['kind']}, {found['logs']} logs, {found['pairs']} pairs", end=""
     )
-    print(f", {hours:.3g} hours, {len(found['skipped'])} files or neighbors that form no pair")
-    print(f"disk: {found['bytes'] / 1e9:.2f} GB")
+    print(f", {recorded}, {len(found['skipped'])} files or neighbors that form no pair")
+    print(f"disk: {found['bytes'] / 1e6:.3g} MB")
     for line in found["broken"]:
         print(f"broken: {line}")
     print(f"read: {found['pairs_read']} pairs, evenly spread, {len(found['broken'])} broken")
@@ -200,16 +224,28 @@ def _print_survey(arguments: argparse.Namespace, found: dict) -> None:
     print(f"{reading}, {found['pairs_with_true_flow']} of them with true flow")
     shares = f"{found['share_not_ground']:.0%} not ground, {found['share_input']:.0%} used"
     print(f"points per sweep: {found['points_least']} to {found['points_most']}", end="")
-    print(f", {shares} (not ground and in the grid of 102.4 m)")
+    print(f", {shares} (not ground and in the student's grid)")
+    if found.get("suspicion"):
+        print(f"suspicious: {found['suspicion']}")
 
-    # Extrapolated from one pair, so the hours are a first guess.
+    # Extrapolated from one pair, so these times are a first guess.
+    if "seconds_to_label" not in found:
+        return
     for what, name, unit in (
         ("label", "labels by fast", "of one worker"),
         ("train", f"training {arguments.model}", "per epoch"),
     ):
         seconds = found[f"seconds_to_{what}"]
         print(f"{name}: {seconds:.2f} s per pair here", end="")
-        print(f", {found['pairs'] * seconds / 3600:.3g} hours {unit}")
+        print(f", {_duration(found['pairs'] * seconds)} {unit}")
+
+
+def _duration(seconds: float) -> str:
+    """A time in the unit in which it is easy to imagine."""
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.3g} {unit}"
+    return f"{seconds:.3g} seconds"
 
 
 # --- Labels ---------------------------------------------------------------------------------------
@@ -245,6 +281,10 @@ def _label(arguments: argparse.Namespace) -> int:
     )
     for key, reason in count.failed:
         print(f"no label for {tuple(key)}: {reason}", file=sys.stderr)
+    for key, reason in count.suspicious[:20]:
+        print(f"{tuple(key)}: {reason}", file=sys.stderr)
+    if len(count.suspicious) > 20:
+        print(f"and {len(count.suspicious) - 20} more pairs like these", file=sys.stderr)
     minutes = (time.perf_counter() - start) / 60
     print(
         f"{arguments.labels}, shard {shard[0]}/{shard[1]}: {count.made} labels made in "
@@ -503,7 +543,8 @@ def _draw_figures(
 
 def _predict(arguments: argparse.Namespace) -> int:
     _check_out_files(arguments)
-    points0, points1 = clouds.read_cloud(arguments.cloud0), clouds.read_cloud(arguments.cloud1)
+    points0 = _read_cloud(arguments.cloud0, arguments)
+    points1 = _read_cloud(arguments.cloud1, arguments)
     pose = clouds.read_pose(arguments.pose) if arguments.pose else None
     if pose is None:
         print("no --pose: both clouds are taken to be in one frame; only residual flow is left")
@@ -542,6 +583,12 @@ def _predict(arguments: argparse.Namespace) -> int:
         f"estimated in {seconds:.2f} s, {moving} moving by 5 cm or more"
     )
     return 0
+
+
+def _read_cloud(file: Path, arguments: argparse.Namespace) -> np.ndarray:
+    """A cloud (N, 3) of `predict`; rows that are not a return, or too near, are NaN."""
+    points = clouds.read_cloud(file, arguments.columns)
+    return clouds.no_returns_to_nan(points, arguments.min_range_m)
 
 
 def _check_out_files(arguments: argparse.Namespace) -> None:
@@ -722,10 +769,12 @@ def _add_check(commands) -> None:
                    "report what a data set holds, what is broken, and what labeling and training "
                    "would cost; exit status 0 if it can be used", "--data av2/train")
     _add_data_options(sub)
-    _option(sub, "--model", "the student whose training step is timed",
+    _option(sub, "--model", "the student whose grid is used and whose training step is timed",
             choices=fastflow3d.MODELS, default="normal")
     _option(sub, "--sample", "number of pairs to read, evenly spread, or `all`",
             type=_number_or_all, default=20, metavar="N")
+    _option(sub, "--cost", "also time labeling and a training step of one pair on this machine",
+            action="store_true")
     _option(sub, "--device", "cpu or cuda", default=train.default_device())
     _option(sub, "--json", "write the numbers to this file", metavar="FILE")
     _add_max_broken(sub, "the pairs read")
@@ -836,6 +885,10 @@ def _add_predict(commands) -> None:
     _option(sub, "--checkpoint", "a student: a checkpoint of train.py, or a published file",
             required=True, metavar="FILE")
     _option(sub, "--pose", "ego1_SE3_ego0, 4 x 4, as text or .npy", type=Path, metavar="FILE")
+    _option(sub, "--columns", "numbers per row of .bin clouds (default: recognized)",
+            type=int, metavar="N")
+    _option(sub, "--min-range-m", "nearer points are the ego's own body, and ignored",
+            dest="min_range_m", type=float, default=0.0, metavar="M")
     _option(sub, "--ground", "how to find the ground, which gets no flow of its own",
             choices=("points", "none"), default="points")
 
@@ -886,10 +939,14 @@ def _add_data_options(sub: argparse.ArgumentParser) -> None:
             "is the paper's 3x and 24 its 5x (default: all)", type=_number_or_all, metavar="N")
     _option(sub, "--sweeps-per-log", "only the first sweeps; the published code takes 145 "
             "(default: all)", type=_number_or_all, metavar="N")
-    _option(sub, "--poses", "poses of a folder of clouds (default: poses.txt in it or in the "
-            "folder above)", metavar="FILE")
+    _option(sub, "--poses", "poses of a folder of clouds (default: poses.txt in it, in the "
+            "folder above, or above folders such as velodyne_points/data)", metavar="FILE")
     _option(sub, "--rate-hz", "sweeps per second of clouds whose names are not time stamps",
             type=float, default=10.0, metavar="HZ")
+    _option(sub, "--columns", "numbers per row of .bin clouds (default: recognized)",
+            type=int, metavar="N")
+    _option(sub, "--min-range-m", "nearer points of clouds are the ego's own body, and ignored; 0 "
+            "keeps all (default: 2.5)", dest="min_range_m", type=float, metavar="M")
 
 
 def _add_max_broken(sub: argparse.ArgumentParser, of: str) -> None:

@@ -14,7 +14,7 @@ Sources: Argoverse 2 (Wilson et al., NeurIPS 2021), whose flow labels follow the
 ZeroFlow (Vedder et al., ICLR 2024). Unlike the published ZeroFlow code, ground points stay in the
 cloud, and flow is residual everywhere; `total_flow` converts it to Argoverse 2's raw flow.
 
-This file works when copied alone. `open_dataset` asks for waymo.py or clouds.py if it needs them.
+This file works when copied alone. It asks for waymo.py, clouds.py, vectormap.py if it needs them.
 """
 
 from __future__ import annotations
@@ -22,22 +22,23 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import hashlib
 import importlib
 import itertools
 import json
 import os
+import sys
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow
 import torch
 from pyarrow import feather
-from scipy.spatial import cKDTree
 from scipy.spatial.transform import Rotation
 
 # The student's grid as published: x and y in [-51.2, 51.2) m, z in [-3, 3) m.
@@ -45,6 +46,10 @@ GRID_HALF_EXTENT_M = (51.2, 51.2, 3.0)
 GROUND_THRESHOLD_M = 0.40  # ZeroFlow: ground is up to 40 cm above the map's surface
 MAX_GAP_NS = 150_000_000  # sweeps come every 0.1 s; a longer gap means that one is missing
 DYNAMIC_THRESHOLD_M = 0.05  # av2: a point that moves less than 5 cm per sweep is static
+
+# More than this comes from a broken file: other units, another sweep's pose, mixed up tracks.
+MAX_EGO_SPEED_MPS, MAX_EGO_TURN_DEG_PER_S = 60.0, 120.0
+MAX_POINT_SPEED_MPS = 300.0  # reached by the ends of a bus if its box is turned around
 
 # av2 numbers its categories: 0 is NONE (background), then thirty names in alphabetical order.
 # The published ZeroFlow code starts at -1 (background) instead.
@@ -60,7 +65,8 @@ GROUNDS = ("auto", "raster", "vector", "points", "none")  # where a ground mask 
 TRUTH_FIELDS = ("flow", "category", "is_dynamic", "is_valid")  # of a SweepPair, where known
 FLOW_COLUMNS = ("flow_tx_m", "flow_ty_m", "flow_tz_m")  # of every file that holds flow
 POSE_COLUMNS = ("qw", "qx", "qy", "qz", "tx_m", "ty_m", "tz_m")
-RASTER_FILES = ("*_ground_height_surface____*.npy", "*___img_Sim2_city.json")
+# Names do not start with a dot: for each file x, a Mac may add a file ._x.
+RASTER_FILES = ("[!.]*_ground_height_surface____*.npy", "[!.]*___img_Sim2_city.json")
 VECTOR_FILES = ("log_map_archive_*.json",)
 
 Extent = tuple[float, float, float]
@@ -70,12 +76,28 @@ class DataError(ValueError):
     """A file or folder that cannot be used. The message names it and tells what to do."""
 
 
+@contextlib.contextmanager
+def naming(file: Path, problem: str, remedy: str = "download or make it again") -> Iterator[None]:
+    """Convert what a broken file raises inside to a DataError: "file: problem (reason); remedy"."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        raise DataError(f"{file}: {problem} ({reason}); {remedy}") from error
+
+
 class PairKey(NamedTuple):
     """Identifies a pair, wherever its files are and whatever its position in a list."""
 
     log_id: str
     timestamp0_ns: int
     timestamp1_ns: int
+
+    @property
+    def seconds(self) -> float:
+        return (self.timestamp1_ns - self.timestamp0_ns) / 1e9
 
 
 @dataclass(frozen=True)
@@ -100,6 +122,21 @@ class SweepPair:
     def key(self) -> PairKey:
         return PairKey(self.log_id, self.timestamp0_ns, self.timestamp1_ns)
 
+    @property
+    def seconds(self) -> float:
+        return self.key.seconds
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits of what a method gets: both clouds and ground masks, and the pose."""
+        # The last bits of a product depend on the CPU. Rounded to 1 dm, and the pose to 0.1 mm,
+        # the numbers are the same on all of them. Adding 0 turns -0 into 0.
+        points = [(points.nan_to_num() * 10).round() + 0 for points in (self.pc0, self.pc1)]
+        pose = self.ego1_SE3_ego0.round(decimals=4) + 0
+        parts = (*points, pose, self.is_ground0, self.is_ground1)
+        content = b"".join(part.numpy().tobytes() for part in parts)
+        return hashlib.blake2b(content, digest_size=8).hexdigest()
+
 
 # --- Opening a data set ---------------------------------------------------------------------------
 
@@ -112,6 +149,8 @@ def open_dataset(
     sweeps_per_log: int | None = None,
     poses: str | Path | None = None,
     rate_hz: float = 10.0,
+    columns: int | None = None,
+    min_range_m: float | None = None,
 ) -> Pairs:
     """Open an Argoverse 2 split or log, a Waymo split, or a folder of clouds, as `SweepPair`s.
 
@@ -121,7 +160,8 @@ def open_dataset(
     pairs_per_log: this many at even intervals; None: all. The paper's 3x takes 12 of each log of
     the LiDAR data set, its 5x 24: the same 12 and as many between them.
     sweeps_per_log: only the first ones; None: all. The published code takes 145 of a Sensor log.
-    poses, rate_hz: for folders of clouds only, see `clouds.CloudPairs`.
+    poses, rate_hz, columns, min_range_m: for folders of clouds only, see `clouds.CloudPairs`.
+    A folder that cannot be read costs only itself, and a line in the result's `skipped`.
     Raises DataError if the folder is not a data set, and names the splits that it holds.
     """
     path = Path(path)
@@ -130,35 +170,56 @@ def open_dataset(
     for name, count in (("pairs_per_log", pairs_per_log), ("sweeps_per_log", sweeps_per_log)):
         if count is not None and count < 1:
             raise DataError(f"{name} {count}: give a number of 1 or more, or None for all")
-    if not path.is_dir():
-        raise DataError(f"{path}: no such folder; give a folder of Argoverse 2 logs, or one log")
-
-    # A log that is still being written or copied has a name that starts with a dot.
-    entries = [entry for entry in os.scandir(path) if not entry.name.startswith(".")]
-    folders = sorted(Path(entry) for entry in entries if entry.is_dir())
-    logs = [path] if is_log(path) else [folder for folder in folders if is_log(folder)]
+    with naming(path, "cannot be opened", "give a folder that you may read"):
+        if not path.is_dir():
+            found = "is a file" if path.exists() else "no such folder"
+            raise DataError(f"{path}: {found}; give a folder of Argoverse 2 logs, or one log")
+        # The folder of a log's sweeps stands for the log.
+        log = parent_of(parent_of(path))
+        if is_log(log) and log_id_of(path) == "lidar" and any(path.glob("*.feather")):
+            path = log
+        logs, skipped = ([path], []) if is_log(path) else subfolders(path, is_log)
 
     # The names of the subfolders tell the kind of data set. This only lists folders: sweeps are
     # read when a pair is asked for, so a split of a thousand logs opens in half a second.
+    cloud_options = (poses, rate_hz, columns, min_range_m)
     if logs:
-        refuse_cloud_options(path, "Argoverse 2's", poses, rate_hz)
+        refuse_cloud_options(path, "Argoverse 2's", *cloud_options)
         pairs = Argoverse2Pairs(logs, true_flow, ground, pairs_per_log, sweeps_per_log)
     else:
-        # Other formats have readers of their own, which are imported only when needed: this file
-        # must work without them.
         if is_waymo(path):
             reader = _import_reader("waymo", f"{path}: a Waymo split")
         else:
             what = "no Argoverse 2 log in it (is it one folder too high?), and any other data"
             reader = _import_reader("clouds", f"{path}: {what}")
-        pairs = reader.open_folder(
-            path, true_flow, ground, pairs_per_log, sweeps_per_log, poses, rate_hz
-        )
+        options = (true_flow, ground, pairs_per_log, sweeps_per_log, *cloud_options)
+        try:
+            pairs = reader.open_folder(path, *options)
+        except DataError as error:
+            raise DataError(f"{error}{_reasons(skipped)}") from error
+    pairs.skipped[:0] = skipped
     if len(pairs) == 0:
-        reasons = f" (skipped: {pairs.skipped[:3]})" if pairs.skipped else ""
         found = f"no two consecutive sweeps in {len(pairs.stamps)} logs"
-        raise DataError(f"{path}: {found}{reasons}; add more sweeps")
+        raise DataError(f"{path}: {found}; add more sweeps{_reasons(pairs.skipped)}")
     return pairs
+
+
+def _reasons(skipped: list[str]) -> str:
+    return f" ({len(skipped)} skipped: {'; '.join(skipped[:3])})" if skipped else ""
+
+
+def subfolders(folder: Path, is_wanted: Callable[[Path], bool]) -> tuple[list[Path], list[str]]:
+    """The wanted folders in a folder, sorted; and one line per folder that cannot be used."""
+    wanted, skipped = [], []
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        # A log that is still being written or copied has a name that starts with a dot.
+        try:
+            if not entry.name.startswith(".") and entry.is_dir() and is_wanted(Path(entry)):
+                entry.name.encode()  # it is the id of a log, which labels store as UTF-8
+                wanted.append(Path(entry))
+        except (OSError, UnicodeError) as error:  # such as lost+found, which only root may read
+            skipped.append(f"{entry.path}: {error}; rename it or change its permissions")
+    return wanted, skipped
 
 
 def is_log(folder: Path) -> bool:
@@ -169,16 +230,16 @@ def is_waymo(folder: Path) -> bool:
     return (folder / "lidar").is_dir() and (folder / "vehicle_pose").is_dir()
 
 
-def refuse_cloud_options(path: Path, whose: str, poses: str | Path | None, rate_hz: float) -> None:
-    """Poses and time stamps of these data sets come from their own files."""
-    if poses is not None:
-        raise DataError(f"{path}: poses {poses} is not for {whose} folders; leave it out")
-    if rate_hz != 10.0:
-        raise DataError(f"{path}: rate_hz {rate_hz} is not for {whose} folders; leave it out")
+def refuse_cloud_options(path: Path, whose: str, *values: object) -> None:
+    """Raise DataError if any of poses, rate_hz, columns, min_range_m is not its default."""
+    defaults = {"poses": None, "rate_hz": 10.0, "columns": None, "min_range_m": None}
+    for (name, default), value in zip(defaults.items(), values, strict=True):
+        if value != default:
+            raise DataError(f"{path}: {name} {value} is not for {whose} folders; leave it out")
 
 
 def _import_reader(name: str, what: str) -> ModuleType:
-    """waymo.py or clouds.py, imported only when needed: this file must work without them."""
+    """Another of our files, imported only when needed: this one must work without them."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -200,8 +261,7 @@ class Pairs(torch.utils.data.Dataset):
 
     def __init__(self):
         self.pair_keys: list[PairKey] = []
-        # One line per file that is not a sweep, and per two consecutive sweeps that do not form a
-        # pair, with the reason.
+        # One line with the reason per file that is not a sweep, and per two that form no pair.
         self.skipped: list[str] = []
         self.notes: list[str] = []  # what a user should know
         # log id -> the times (ns) of all its sweeps, sorted, whether they form pairs or not
@@ -216,6 +276,12 @@ class Pairs(torch.utils.data.Dataset):
     def read(self, key: PairKey) -> SweepPair:
         """Read any two sweeps of a log. Raises DataError naming the file that cannot be used."""
         raise NotImplementedError
+
+    def note(self, line: str) -> None:
+        """Add to `notes` what only reading shows, and report it on stderr, once per process."""
+        if line not in self.notes:
+            self.notes.append(line)
+            print(line, file=sys.stderr)
 
     def add_log(
         self,
@@ -270,22 +336,31 @@ class Argoverse2Pairs(Pairs):
         self.true_flow, self.ground = true_flow, ground
         self._folders = {log_id_of(log): log for log in logs}
         for log in logs:
-            lidar, stamps = log / "sensors" / "lidar", []
-            for name in sorted(os.listdir(lidar)):
-                stem, suffix = os.path.splitext(name)
-                if suffix != ".feather":
-                    continue
-                # Only names as `str` writes numbers: from 007, the time 7 would not lead back.
-                if stem.isdecimal() and str(int(stem)) == stem:
-                    stamps.append(int(stem))
-                else:
-                    wanted = "a sweep is named <timestamp_ns>.feather; remove or rename this file"
-                    self.skipped.append(f"{lidar / name}: {wanted}")
-            self.add_log(log, log_id_of(log), stamps, pairs_per_log, sweeps_per_log)
+            try:
+                stamps = self._stamps(log / "sensors" / "lidar")
+                self.add_log(log, log_id_of(log), stamps, pairs_per_log, sweeps_per_log)
+            except OSError as error:
+                self.skipped.append(f"{log}: {error}; change its permissions")
+
+    def _stamps(self, lidar: Path) -> list[int]:
+        """The times (ns) of a log's sweeps, from the names of their files."""
+        stamps, strange = [], {}
+        for name in sorted(os.listdir(lidar)):
+            stem, suffix = os.path.splitext(name)
+            # Only names as `str` writes numbers: from 007, the time 7 would not lead back.
+            if suffix == ".feather" and stem.isdecimal() and str(int(stem)) == stem:
+                stamps.append(int(stem))
+            elif suffix == ".feather":  # a Mac may add ._x for each x: one line for all of them
+                strange["._" if stem.startswith("._") else name] = name
+        wanted = "a sweep is named <timestamp_ns>.feather; remove or rename this file"
+        self.skipped += [f"{lidar / name}: {wanted}" for name in strange.values()]
+        return stamps
 
     def log(self, log_id: str) -> Log:
         """Poses, ground and boxes of a log, read from its files."""
-        return _read_log(self._folders[log_id], self.true_flow, self.ground)
+        folder = self._folders[log_id]
+        with naming(folder, "the log cannot be read", "download it again or remove it"):
+            return _read_log(folder, self.true_flow, self.ground)
 
     def read(self, key: PairKey) -> SweepPair:
         folder, log = self._folders[key.log_id], self.log(key.log_id)
@@ -297,15 +372,20 @@ class Argoverse2Pairs(Pairs):
             points.append(nan_bad_rows(sweep))
             city_SE3_egos.append(log.city_SE3_ego(stamp))
             is_ground.append(log.is_ground(points[-1], city_SE3_egos[-1]))
+            if self.ground != "none" and (is_ground[-1].all() or not is_ground[-1].any()):
+                self.note(f"{folder}: all or no points of a sweep are ground: is it the right map?")
         ego1_SE3_ego0 = inverse(city_SE3_egos[1]) @ city_SE3_egos[0]
+        with naming(log.pose_file, f"wrong poses of sweeps {key[1]} and {key[2]}"):
+            check_ego_motion(ego1_SE3_ego0, key.seconds)
 
         # The true flow, unless there are no boxes or they are not wanted.
         truth = {}
         if log.boxes is not None:
-            boxes0 = log.boxes.get(key.timestamp0_ns, [])
-            boxes1 = log.boxes.get(key.timestamp1_ns, [])
+            boxes0, boxes1 = (log.boxes.get(stamp, []) for stamp in key[1:])
             values = true_residual_flow(points[0], boxes0, boxes1, ego1_SE3_ego0)
             truth = dict(zip(TRUTH_FIELDS, values, strict=True))
+            if not boxes0:
+                self.note(f"{folder}: sweeps without boxes: all their points count as background")
         return make_pair(key, points, is_ground, ego1_SE3_ego0, truth)
 
 
@@ -320,6 +400,11 @@ def make_pair(
 
     truth: name in TRUTH_FIELDS -> values for sweep 0; empty where unknown.
     """
+    if truth:
+        speed_mps = np.abs(truth["flow"]).max(initial=0) / max(abs(key.seconds), 1e-9)
+        if not speed_mps <= MAX_POINT_SPEED_MPS:
+            found = f"its boxes move at {speed_mps:.0f} m/s between {key[1]} and {key[2]}"
+            raise DataError(f"{key.log_id}: {found}; download its annotations again")
     # Sweep 1 moves into the frame of sweep 0 here. Only after that do points become float32.
     points1_in_ego0 = transform(inverse(ego1_SE3_ego0), points[1])
     return SweepPair(
@@ -389,69 +474,6 @@ class GroundRaster:
         return points_city[:, 2] - ground_z <= threshold_m
 
 
-class GroundVectorMap:
-    """Height of the ground from the lines of a map, for logs without a raster (LiDAR data set).
-
-    The height at a place is the mean over the 4 nearest vertices, weighted by inverse distance.
-    """
-
-    cell_m, margin_m = 0.5, 100.0
-
-    def __init__(self, lines: list[np.ndarray]):
-        """lines: (L, 3) each, city coordinates. Raises ValueError if they span over 2 km."""
-        corners = np.concatenate(lines)[:, :2]
-        self._low = corners.min(axis=0) - self.margin_m
-        extent = corners.max(axis=0) + self.margin_m - self._low
-        if extent.max() > 2_000:
-            raise ValueError(f"its points span {extent.max():.0f} m; a log spans a few hundred")
-        vertices = _densify(lines)
-        self._tree, self._vertex_z = cKDTree(vertices[:, :2]), vertices[:, 2]
-        # Heights are computed once per cell of 50 cm, when the first point falls into it: six times
-        # as fast as once per point, and twenty times in the next sweep of the log.
-        self._height = np.full((extent / self.cell_m).astype(int) + 1, np.nan, dtype=np.float32)
-
-    def ground_z(self, xy: np.ndarray) -> np.ndarray:
-        """(M,) heights in meters at (M, 2) city coordinates."""
-        # At a vertex the distance is 0: 1 mm at least keeps its weight finite.
-        count = min(4, len(self._vertex_z))
-        distance, nearest = self._tree.query(xy, k=range(1, count + 1))  # (M, 4)
-        weight = 1 / np.maximum(distance, 1e-3)
-        return (weight * self._vertex_z[nearest]).sum(axis=1) / weight.sum(axis=1)
-
-    def is_ground(
-        self, points_city: np.ndarray, threshold_m: float = GROUND_THRESHOLD_M
-    ) -> np.ndarray:
-        """(N,) bool: the rule of GroundRaster. Over 100 m outside the lines, nothing is ground."""
-        # The cell of each point, as one number for those inside the map.
-        column, row = ((points_city[:, :2] - self._low) / self.cell_m).T
-        columns, rows = self._height.shape
-        is_inside = (column >= 0) & (column < columns) & (row >= 0) & (row < rows)
-        cell = column[is_inside].astype(int) * rows + row[is_inside].astype(int)
-
-        # Fill in the cells that no point has visited before, with the height at their centers.
-        height = self._height.reshape(-1)  # a view: writing to it fills the map
-        unknown = np.unique(cell[np.isnan(height[cell])])
-        centers = np.stack(np.divmod(unknown, rows), axis=1) + 0.5
-        height[unknown] = self.ground_z(centers * self.cell_m + self._low)
-
-        ground_z = np.full(len(points_city), np.nan)
-        ground_z[is_inside] = height[cell]
-        return points_city[:, 2] - ground_z <= threshold_m  # False for NaN, as in GroundRaster
-
-
-def _densify(lines: list[np.ndarray]) -> np.ndarray:
-    """(V, 3): the vertices of lines, and others between them so that none are over 1 m apart."""
-    start = np.concatenate([line[:-1] for line in lines])
-    end = np.concatenate([line[1:] for line in lines])
-    # A segment of d meters becomes ceil(d) equal steps. Each step gives the vertex where it begins.
-    steps = np.ceil(np.linalg.norm((end - start)[:, :2], axis=1)).astype(int)
-    segment = np.repeat(np.arange(len(steps)), steps)  # 0 0 0 1 1 ... for 3 steps, 2 steps ...
-    step = np.arange(len(segment)) - np.repeat(np.cumsum(steps) - steps, steps)  # 0 1 2 0 1 ...
-    vertices = start[segment] + (step / steps[segment])[:, None] * (end - start)[segment]
-    last = [line[-1:] for line in lines]
-    return np.concatenate([vertices, *last])
-
-
 # --- True flow from tracked boxes -----------------------------------------------------------------
 
 
@@ -476,7 +498,7 @@ def true_residual_flow(
     # is exactly zero. A row that is not finite is in no box, and is not valid.
     flow = np.zeros((len(points), 3))
     category = np.zeros(len(points), dtype=np.uint8)
-    is_valid = np.isfinite(points.sum(axis=1))
+    is_valid = np.isfinite(points[:, 0] + points[:, 1] + points[:, 2])
     ego1_SE3_box1 = {box.track: box.ego_SE3_box for box in boxes1}
 
     # With the points sorted by x once, each box tests a short slice instead of the whole sweep.
@@ -515,6 +537,16 @@ def _rows_in_box(
 
 
 # --- Ego-motion -----------------------------------------------------------------------------------
+
+
+def check_ego_motion(ego1_SE3_ego0: np.ndarray, seconds: float) -> None:
+    """Raise ValueError if no vehicle can move like this in that time."""
+    seconds = max(abs(seconds), 1e-9)  # two sweeps of one moment have one pose
+    speed = np.linalg.norm(ego1_SE3_ego0[:3, 3]) / seconds
+    turn = np.degrees(Rotation.from_matrix(ego1_SE3_ego0[:3, :3]).magnitude()) / seconds
+    if not (speed <= MAX_EGO_SPEED_MPS and turn <= MAX_EGO_TURN_DEG_PER_S):
+        most = f"{MAX_EGO_SPEED_MPS:.0f} m/s and {MAX_EGO_TURN_DEG_PER_S:.0f} degrees/s"
+        raise ValueError(f"{speed:.0f} m/s and {turn:.0f} degrees/s; a vehicle does at most {most}")
 
 
 def total_flow(residual: torch.Tensor, pair: SweepPair) -> torch.Tensor:
@@ -581,7 +613,7 @@ class Log:
     # the pairs that need it.
     pose_file: Path
     poses: dict[int, np.ndarray]  # time stamp -> (7,), see POSE_COLUMNS
-    ground: GroundRaster | GroundVectorMap | str  # a map, or "points" or "none"
+    ground: Any  # GroundRaster or another map with `is_ground`, or "points" or "none"
     boxes: dict[int, list[Box]] | None  # by time stamp; None: unknown, or not wanted
 
     def city_SE3_ego(self, timestamp_ns: int) -> np.ndarray:
@@ -599,8 +631,7 @@ class Log:
         if self.ground == "none":
             return np.zeros(len(points), dtype=bool)
         if self.ground == "points":
-            folder = self.pose_file.parent
-            clouds = _import_reader("clouds", f"{folder}: finding the ground without a map")
+            clouds = _import_reader("clouds", f"{self.pose_file}: the ground without a map")
             return clouds.is_ground_without_map(points)
         return self.ground.is_ground(transform(city_SE3_ego, points))
 
@@ -616,65 +647,45 @@ def _read_log(folder: Path, true_flow: bool, ground: str) -> Log:
     return Log(pose_file, poses, _read_ground(folder / "map", ground), boxes)
 
 
-def _read_ground(folder: Path, ground: str) -> GroundRaster | GroundVectorMap | str:
+def _read_ground(folder: Path, ground: str) -> Any:
     """The map that `ground` names; "points" and "none" are returned as they are."""
+    if folder.is_dir():
+        os.listdir(folder)  # raises without permission, where `glob` would find nothing
     if ground == "auto":
         has_raster = any(any(folder.glob(pattern)) for pattern in RASTER_FILES)
         has_lines = any(folder.glob(VECTOR_FILES[0]))
         ground = "raster" if has_raster else "vector" if has_lines else "points"
-    readers = {"raster": _read_ground_raster, "vector": _read_ground_vector_map}
-    return readers[ground](folder) if ground in readers else ground
+    if ground == "vector":
+        vectormap = _import_reader("vectormap", f"{folder}: ground from a vector map")
+        return vectormap.read_ground(_map_file(folder, VECTOR_FILES[0]))
+    return _read_ground_raster(folder) if ground == "raster" else ground
 
 
 def _map_file(folder: Path, pattern: str) -> Path:
     files = list(folder.glob(pattern))
     if len(files) != 1:
-        names = [file.name for file in files]
-        remedy = "download the map folder, or choose another ground"
-        raise DataError(f"{folder}: a log's map needs one {pattern}, found {names}; {remedy}")
+        found = f"needs one {pattern}, found {[file.name for file in files]}"
+        raise DataError(f"{folder}: a log's map {found}; download it, or choose another ground")
     return files[0]
 
 
 def _read_ground_raster(folder: Path) -> GroundRaster:
     height_file, sim2_file = (_map_file(folder, pattern) for pattern in RASTER_FILES)
-    try:
+    with naming(folder, "the ground raster cannot be read", "download the map folder again"):
         height = np.load(height_file, allow_pickle=False)
         if height.ndim != 2 or height.dtype.kind not in "fiu":
-            found = f"its shape is {height.shape}, its type {height.dtype}"
-            raise ValueError(f"{found}, expected (rows, columns) of numbers")
+            raise ValueError(f"its shape is {height.shape}, its type {height.dtype}")
+        if not any(np.isfinite(row).any() for row in height):
+            raise ValueError("no pixel has a height")
         # Sim2 is the similarity transform from city coordinates (meters) to pixels of the image.
-        img_Sim2_city = json.loads(sim2_file.read_text())
+        img_Sim2_city = json.loads(sim2_file.read_bytes())
         rotation = np.reshape(img_Sim2_city["R"], (2, 2))
         translation = np.reshape(img_Sim2_city["t"], 2)
         scale = float(img_Sim2_city["s"])
-        if not np.isfinite([*rotation.ravel(), *translation, scale]).all():
-            raise ValueError("its Sim2 is not finite")
+        is_rotation = np.abs(rotation @ rotation.T - np.eye(2)).max() < 1e-3
+        if not (is_rotation and np.isfinite(translation).all() and 0 < scale < np.inf):
+            raise ValueError(f"its Sim2 is not finite, or its R or s is wrong: {img_Sim2_city}")
         return GroundRaster(height, rotation, translation, scale)
-    except (TypeError, ValueError, KeyError, EOFError, OSError) as error:
-        reason = f"the ground raster cannot be read ({error})"
-        raise DataError(f"{folder}: {reason}; download the map folder again") from error
-
-
-def _read_ground_vector_map(folder: Path) -> GroundVectorMap:
-    file = _map_file(folder, VECTOR_FILES[0])
-    try:
-        content = json.loads(file.read_text())
-        # All lines that lie on the ground: the outlines of drivable areas, both sides of lanes.
-        outlines = []
-        for area in content["drivable_areas"].values():
-            boundary = area["area_boundary"]
-            outlines.append(boundary + boundary[:1])  # closed: it ends where it began
-        for lane in content["lane_segments"].values():
-            outlines += [lane["left_lane_boundary"], lane["right_lane_boundary"]]
-        lines = []  # (L, 3) each
-        for outline in filter(None, outlines):
-            lines.append(np.array([[point[axis] for axis in "xyz"] for point in outline], float))
-        if not lines or not all(np.isfinite(line).all() for line in lines):
-            raise ValueError("its areas and lanes have no points, or points that are not finite")
-        return GroundVectorMap(lines)
-    except (TypeError, ValueError, KeyError, AttributeError, OSError) as error:
-        reason = f"the vector map cannot be read ({error})"
-        raise DataError(f"{file}: {reason}; download it again") from error
 
 
 def _read_boxes(file: Path) -> dict[int, list[Box]]:
@@ -687,20 +698,47 @@ def _read_boxes(file: Path) -> dict[int, list[Box]]:
     if unknown:
         raise DataError(f"{file}: unknown categories {unknown}; Argoverse 2 has {CATEGORIES[1:]}")
 
-    # A log with a broken box is refused as a whole: its points would count as background.
-    number_of_points = read_numbers(file, table, ["num_interior_pts"])[:, 0]
+    index = {name: i for i, name in enumerate(CATEGORIES)}
+    counts = read_numbers(file, table, ["num_interior_pts"])[:, 0]
     sizes = read_numbers(file, table, size_columns)
     ego_SE3_boxes = poses_from_rows(read_numbers(file, table, POSE_COLUMNS))
-    if not (np.isfinite(sizes).all() and np.isfinite(ego_SE3_boxes).all()):
-        raise DataError(f"{file}: a box has a size or pose that is not finite; download it again")
+    columns = (tracks, [index[category] for category in categories], sizes, ego_SE3_boxes)
+    # Times in another unit, or of another log, would leave every sweep without a box.
+    files = set(os.listdir(file.parent / "sensors" / "lidar"))
+    has_sweep = any(f"{stamp}.feather" in files for stamp in stamps)
+    return boxes_by_stamp(file, stamps, has_sweep, counts, columns)
 
+
+def boxes_by_stamp(
+    file: Path, stamps: list[int], has_sweep: bool, counts: np.ndarray, columns: tuple
+) -> dict[int, list[Box]]:
+    """The boxes of a file by time stamp, in file order; columns: one for each field of a Box.
+
+    has_sweep: whether any stamp equals a sweep's. counts: the number of points in each box.
+    Raises DataError where motion would be lost, or invented, without a word.
+    """
     # Boxes without a point inside (17 % of the rows) are dropped, in either sweep of a pair. This
     # is not documented, but with it our labels equal the av2 package's to the last point.
-    index = {name: i for i, name in enumerate(CATEGORIES)}
     boxes: dict[int, list[Box]] = {}
-    for i in np.flatnonzero(number_of_points >= 1):
-        box = Box(tracks[i], index[categories[i]], sizes[i], ego_SE3_boxes[i])
+    tracks, categories, sizes, ego_SE3_boxes = columns
+    for i in np.flatnonzero(counts >= 1).tolist():
+        box = Box(tracks[i], categories[i], sizes[i], ego_SE3_boxes[i])
         boxes.setdefault(stamps[i], []).append(box)
+
+    # A log with a broken box is refused as a whole: its points would count as background.
+    is_finite = np.isfinite(ego_SE3_boxes).all() and ((sizes > 0) & np.isfinite(sizes)).all()
+    is_one_object = True  # two boxes of one sweep without a track, or with the same, are not
+    for of_sweep in boxes.values():
+        is_one_object &= len({box.track for box in of_sweep} - {None, ""}) == len(of_sweep)
+    for is_wrong, reason in (
+        (not is_finite, "a box has a size or pose that is not a number, or a size of 0 or less"),
+        (np.isnan(counts).any(), "the number of points in a box is missing"),
+        (stamps and not boxes, "no box contains a point, as if nothing moved"),
+        (stamps and not has_sweep, "no time stamp (in ns) equals a sweep's"),
+        (not is_one_object, "a track id is missing, or twice in one sweep"),
+    ):
+        if is_wrong:
+            raise DataError(f"{file}: {reason}; download it again")
     return boxes
 
 
@@ -715,13 +753,14 @@ def read_points(file: Path, read: Callable[[Path], np.ndarray] = _read_xyz) -> n
     """(N, 3): the points of a sweep, in the file's own floating dtype.
 
     read: reads a file's array (N, 3 or more); the default reads Argoverse 2's Feather files.
-    Raises DataError naming the file, also where none of its points is finite.
+    Raises DataError naming the file, also where its points are implausible.
     """
-    if not file.is_file():
-        raise DataError(f"{file}: no such file; download it again, or give another")
-    try:
+    with naming(file, "its points cannot be read"):
+        if not file.is_file():
+            raise DataError(f"{file}: no such file; download it again, or give another")
         points = np.asarray(read(file))
-        if points.ndim != 2 or points.shape[1] < 3:
+        # An array of three long rows is a transposed cloud.
+        if points.ndim != 2 or not 3 <= points.shape[1] <= max(16, len(points)):
             raise ValueError(f"its shape is {points.shape}, expected (N, 3)")
         points = points[:, :3]
         if points.dtype.kind not in "fiuO":  # O: a column with nulls
@@ -729,45 +768,57 @@ def read_points(file: Path, read: Callable[[Path], np.ndarray] = _read_xyz) -> n
         # torch lacks some types of NumPy, such as those in another byte order.
         if points.dtype not in (np.float16, np.float32):
             points = points.astype(np.float64)
-    except DataError:
-        raise
-    except Exception as error:  # a dozen kinds: of zip, zlib, the tokenizer, pyarrow, memory
-        remedy = "download or make it again"
-        raise DataError(f"{file}: its points cannot be read ({error}); {remedy}") from error
-    if not any(np.isfinite(row).all() for row in points):  # stops early: the first row usually is
-        raise DataError(f"{file}: the sweep has no points; download it again or remove it")
+    try:
+        check_points(points)
+    except ValueError as error:
+        raise DataError(f"{file}: {error}; download it again or remove it") from error
     return points
+
+
+def check_points(points: np.ndarray) -> None:
+    """Raise ValueError if an array (N, 3) cannot be a sweep of a LiDAR."""
+    # A thousand rows tell enough, unless nothing came back in any of them.
+    sample = nan_bad_rows(points[:: len(points) // 1_000 + 1])
+    if np.isnan(sample).all():
+        sample = nan_bad_rows(points)
+    sample = sample[np.isfinite(sample[:, 0])]
+    if not len(sample):
+        raise ValueError("the sweep has no points")
+    # The LiDARs of cars see up to 300 m. Other units, and bytes read as the wrong type, go beyond.
+    away_m = np.abs(sample - np.median(sample, axis=0)).max(axis=1)
+    where = "over 1 km apart" if (away_m > 1_000).mean() > 0.1 else ""
+    where = "nearly all at one place" if (away_m < 1e-3).mean() > 0.9 else where
+    if where and len(sample) >= 20:
+        raise ValueError(f"the points are {where} (are they x, y, z in meters?)")
 
 
 def nan_bad_rows(points: np.ndarray) -> np.ndarray:
-    """(N, 3) float64. A row with a value that is not finite, or over 1e9, becomes all NaN."""
-    # The row stays: row i of the file is row i of the pair. Over 1e9 covers what float32 cannot
-    # hold; the file may be in float64.
-    points = points.astype(np.float64)
-    if not np.abs(points).max() < 1e9:  # rarely true, and one test is cheaper than one per row
-        is_bad = ~(np.abs(points) < 1e9).all(axis=1)
-        points[is_bad] = np.nan
+    """(N, 3) float64. A row that is not a point becomes all NaN, but stays where it is."""
+    with np.errstate(invalid="ignore"):  # broken files may hold signaling NaN
+        points = points.astype(np.float64)
+    # Over 1e9 covers what float32 cannot hold. One test of all is cheaper than one per row.
+    if not np.abs(points).max(initial=0) < 1e9:
+        points[~(np.abs(points) < 1e9).all(axis=1)] = np.nan
+    # Many drivers write 0 0 0 where nothing came back.
+    rows = np.flatnonzero(points[:, 0] == 0)
+    points[rows[(points[rows] == 0).all(axis=1)]] = np.nan
     return points
 
 
-def read_feather(
-    file: Path, columns: list[str], source: pyarrow.NativeFile | None = None
-) -> pyarrow.Table:
-    """A Feather file that has these columns; source: its content, if it is in an archive.
-
-    Raises DataError naming the file and the remedy.
-    """
-    if source is None and not file.exists():
-        raise DataError(f"{file}: no such file; download the log again or remove it")
-    try:
-        table = feather.read_table(source or file, memory_map=False)
-    except (pyarrow.ArrowException, OSError) as error:
-        remedy = "download or make it again"
-        raise DataError(f"{file}: not a whole Feather file ({error}); {remedy}") from error
-    missing = sorted(set(columns) - set(table.column_names))
-    if missing:
-        there = f"it has {table.column_names}"
-        raise DataError(f"{file}: has no columns {missing} ({there}); is it the right file?")
+def read_feather(file: Path, columns: list[str], content: bytes | None = None) -> pyarrow.Table:
+    """A file that has these columns, or else a DataError; content: its bytes, if in an archive."""
+    with naming(file, "not a whole Feather file"):
+        if content is None and not file.exists():
+            raise DataError(f"{file}: no such file; download the log again or remove it")
+        # pyarrow would not take every name: it must be UTF-8, and ~ is another folder for it.
+        content = file.read_bytes() if content is None else content
+        table = feather.read_table(pyarrow.BufferReader(content))
+        table.validate(full=True)  # a wrong offset of a text would crash the process later
+    names = table.column_names
+    wrong = sorted(name for name in set(columns) if names.count(name) != 1)
+    if wrong:
+        found = f"has no columns {wrong}, or has them twice (it has {names})"
+        raise DataError(f"{file}: {found}; is it the right file?")
     # Times must be integers: as floats they would be off by up to 128 ns, and name another sweep.
     if "timestamp_ns" in columns and not pyarrow.types.is_integer(table["timestamp_ns"].type):
         found = f"its column timestamp_ns is {table['timestamp_ns'].type}, expected integers"
@@ -777,16 +828,16 @@ def read_feather(
 
 def read_numbers(file: Path, table: pyarrow.Table, columns: Sequence[str]) -> np.ndarray:
     """The named columns of a file's table side by side, (rows, columns) float64; NaN for a null."""
-    try:
+    with naming(file, f"expected numbers in {list(columns)}", "download it again"):
         return stack(table, columns).astype(np.float64)
-    except (TypeError, ValueError) as error:
-        found = f"expected numbers in {list(columns)} ({error})"
-        raise DataError(f"{file}: {found}; download it again") from error
 
 
 def stack(table: pyarrow.Table, columns: Sequence[str]) -> np.ndarray:
     """The named columns side by side, (rows, columns), in their own dtype."""
-    return np.stack([table[name].to_numpy() for name in columns], axis=1)
+    arrays = [table[name].to_numpy() for name in columns]
+    if not {array.dtype.kind for array in arrays} <= set("fiuO"):  # O: with nulls, or text
+        raise TypeError(f"they are {[str(array.dtype) for array in arrays]}")
+    return np.stack(arrays, axis=1)
 
 
 @contextlib.contextmanager

@@ -28,6 +28,7 @@ import data
 import fastflow3d
 import labels
 import nsfp
+import runs
 import synthetic
 import train
 import zeroflow
@@ -54,7 +55,7 @@ STREET_TEACHER = dataclasses.replace(nsfp.TEACHERS["fast"], priors=2, iterations
 
 # Raise it when the code of the street or the teacher changes so that the same settings give other
 # logs or labels. Otherwise everybody keeps what an older version has made.
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 
 
 def run(settings: train.TrainSettings, demo: DemoSettings) -> dict[str, dict[str, float]]:
@@ -75,7 +76,7 @@ def run(settings: train.TrainSettings, demo: DemoSettings) -> dict[str, dict[str
         return {}
     import viz  # matplotlib is loaded only when a picture is drawn
 
-    viz.learning_curve_figure(train.read_log(folder)).savefig(folder / "curve.png", dpi=120)
+    viz.learning_curve_figure(runs.read_log(folder)).savefig(folder / "curve.png", dpi=120)
     print(f"wrote {folder / 'curve.png'}")
 
     estimators = {name: zeroflow.from_baseline(name, GRID) for name in zeroflow.BASELINES}
@@ -89,7 +90,8 @@ def run(settings: train.TrainSettings, demo: DemoSettings) -> dict[str, dict[str
     print(f"the student is {times:.0f} times faster than its teacher")
     if demo.picture:
         pair = test_set[0]
-        flows = {name: estimators[name](pair).flow for name in ("teacher", "student")}
+        with zeroflow.one_thread():
+            flows = {name: estimators[name](pair).flow for name in ("teacher", "student")}
         viz.flow_figure(pair, {"truth": pair.flow, **flows}).savefig(demo.picture, dpi=80)
         print(f"wrote {demo.picture}")
     return rows
@@ -97,13 +99,23 @@ def run(settings: train.TrainSettings, demo: DemoSettings) -> dict[str, dict[str
 
 def _resumed(demo: DemoSettings, folder: Path) -> DemoSettings:
     """The demo of the run in this folder. Raises DataError if other logs are asked for."""
-    stored = DemoSettings(**json.loads((folder / "demo.json").read_text()))
+    remedy = "begin a new run with another --out"
+    stored = DemoSettings(**_read_json(folder / "demo.json", remedy, DemoSettings))
     for name in ("train_logs", "test_logs"):
         wanted, kept = getattr(demo, name), getattr(stored, name)
         if wanted not in (kept, getattr(DemoSettings, name)):
             option = f"--{name.replace('_', '-')} {wanted}"
             raise DataError(f"{option}: the run was begun with {kept}; a resumed run keeps it")
     return dataclasses.replace(stored, picture=demo.picture)
+
+
+def _read_json(file: Path, remedy: str, kind: type | None = None) -> dict:
+    """What is stored in a file; kind: a dataclass, of which another version may have stored it."""
+    try:
+        found = dict(json.loads(file.read_text()))
+        return found if kind is None else runs.fitted(found, kind)[0]
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{file}: is torn, or not JSON ({error}); {remedy}") from error
 
 
 def compare(
@@ -131,6 +143,10 @@ def prepare_street(demo: DemoSettings) -> tuple[data.Pairs, data.Pairs, Path]:
         found = f"--train-logs {demo.train_logs} --test-logs {demo.test_logs}"
         raise DataError(f"{found}: give 1 or more of each")
     folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be made ({error.strerror}); {_CACHE_REMEDY}") from error
     for old in folder.parent.glob("street-*"):
         if old != folder:
             shutil.rmtree(old)
@@ -148,11 +164,17 @@ def prepare_street(demo: DemoSettings) -> tuple[data.Pairs, data.Pairs, Path]:
     return train_set, test_set, folder / "labels"
 
 
+_CACHE_REMEDY = "set XDG_CACHE_HOME to a folder for the street and its labels"
+
+
 def cache_folder() -> Path:
     """Where the street and its labels are kept; other settings have another folder."""
     what = (CACHE_VERSION, STREET, STREET_TEACHER, GRID, TRAIN_SEED, TEST_SEED)
     digest = hashlib.sha256(repr(what).encode()).hexdigest()[:16]
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    try:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError as error:  # in a container, a user may have no home
+        raise DataError(f"you have no home folder here; {_CACHE_REMEDY}") from error
     return caches / "zeroflow" / f"street-{digest}"
 
 
@@ -187,8 +209,9 @@ def scaling_law(settings: train.TrainSettings, demo: DemoSettings, folder: Path)
     recipe = dataclasses.replace(settings, out="", device="", workers=0, seed=0)
     digest = hashlib.sha256(repr((recipe, demo.test_logs, cache_folder().name)).encode())
     file = folder / f"scaling_law_{digest.hexdigest()[:8]}.json"
-    errors = json.loads(file.read_text()) if file.exists() else {}
+    errors = _read_json(file, "delete it and run again") if file.exists() else {}
 
+    @zeroflow.one_thread()  # on a busy machine, threads would wait for each other
     def error_of(estimator: zeroflow.Estimator) -> float:
         return zeroflow.evaluate(test_set, estimator, GRID).numbers["grid_three_way"]
 

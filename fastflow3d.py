@@ -345,11 +345,10 @@ def load_checkpoint(path: str | Path) -> FastFlow3D:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if "state_dict" in checkpoint:
-            published = checkpoint["state_dict"]
-            tensors = {name.removeprefix("model."): tensor for name, tensor in published.items()}
+            tensors = plain_names(checkpoint["state_dict"])
             candidates = [MODELS["normal"], MODELS["xl"]]
         else:
-            tensors = checkpoint["model"]
+            tensors = plain_names(checkpoint["model"])
             candidates = [FastFlow3DSettings(**checkpoint["model_settings"])]
         # On the meta device, a model has names and shapes, but no memory.
         with torch.device("meta"):
@@ -375,6 +374,19 @@ def load_checkpoint(path: str | Path) -> FastFlow3D:
     tensors = {name: tensor.to(dtypes[name]) for name, tensor in tensors.items()}
     model.load_state_dict(tensors, assign=True)  # the file's tensors become the model's own
     return model.eval()
+
+
+def plain_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Named tensors without what torch's wrappers, and the published files, add to their names."""
+    # DistributedDataParallel adds `module.`, torch.compile `_orig_mod.`, which may also stand in
+    # the middle, and the published LightningModule `model.`.
+    plain = {}
+    for name, tensor in tensors.items():
+        name = name.replace("_orig_mod.", "").removeprefix("module.").removeprefix("model.")
+        if name in plain:
+            raise ValueError(f"two tensors are called {name}")
+        plain[name] = tensor
+    return plain
 
 
 def _differences(expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> list[str]:

@@ -8,7 +8,9 @@ is found by log and time stamps, never by position in a list, so a missing file 
   <folder>/<log_id>/<timestamp0_ns>.broken.json  why a pair could not be labeled
 
 Columns: flow_tx_m, flow_ty_m, flow_tz_m (float16; residual flow in meters, ego frame of sweep 0)
-and has_flow (bool; the point is not ground and lies in the grid).
+and has_flow (bool; the point is not ground and lies in the grid). The metadata hold a checksum of
+the file, and a fingerprint of the points, ground and ego-motion that the teacher was given: many
+drives have the same names and time stamps, and poses or maps may be added after labeling.
 
 Processes and machines need not talk to each other: each makes what is missing in its shard, and a
 file appears whole or not at all. Any run may be killed and started again. The labels that the
@@ -19,8 +21,10 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import functools
 import hashlib
+import io
 import json
 import math
 import multiprocessing
@@ -72,12 +76,23 @@ def write_label(folder: str | Path, label: Label) -> Path:
         "settings_hash": settings_hash(label.settings),
         "loss": label.loss,
         "seconds": label.seconds,
+        "fingerprint": label.fingerprint,
+        "checksum": _NO_CHECKSUM,
     }
     table = table.replace_schema_metadata({"zeroflow": json.dumps(metadata)})
+    content = io.BytesIO()
+    feather.write_feather(table, content, compression="zstd")
+
+    # The checksum is of the whole file, with zeros in its own place: no flipped bit goes unnoticed.
+    checksum = hashlib.sha256(content.getvalue()).hexdigest()
     path = label_path(folder, label.key)
     with data.atomic_file(path) as file:
-        feather.write_feather(table, file, compression="zstd")
+        file.write(content.getvalue().replace(_NO_CHECKSUM.encode(), checksum.encode()))
     return path
+
+
+_NO_CHECKSUM = 64 * "0"
+_LABEL_AGAIN = "delete the file and run `python zeroflow.py label` again"
 
 
 def read_label(folder: str | Path, key: PairKey, num_points: int | None = None) -> Label:
@@ -86,31 +101,73 @@ def read_label(folder: str | Path, key: PairKey, num_points: int | None = None) 
     num_points: rows of sweep 0, where known. Raises DataError naming the file and the remedy.
     """
     path = label_path(folder, key)
-    if not path.exists():
-        raise DataError(f"{path}: does not exist; make it with `python zeroflow.py label`")
-    remedy = "delete the file and run `python zeroflow.py label` again"
-    table = data.read_feather(path, [*data.FLOW_COLUMNS, "has_flow"])
+    # The checksum comes first: pyarrow may crash on a file with a wrong offset.
+    content = _read_unspoiled(path)
+    table = data.read_feather(path, [*data.FLOW_COLUMNS, "has_flow"], content)
+    flow, has_flow = _flow_columns(path, table, "has_flow", _LABEL_AGAIN)
     try:
         metadata = json.loads(table.schema.metadata[b"zeroflow"])
         found = PairKey(*(metadata[name] for name in PairKey._fields))
-        settings, loss, seconds = metadata["settings"], metadata["loss"], metadata["seconds"]
-        has_its_rows = metadata["num_points"] == table.num_rows
-        has_its_settings = metadata["settings_hash"] == settings_hash(settings)
+        about = [metadata[name] for name in ("settings", "loss", "seconds", "fingerprint")]
+        is_plausible = zeroflow.is_plausible(flow, metadata["settings"]["half_extent_m"])
     except (TypeError, KeyError, ValueError) as error:
-        raise DataError(f"{path}: not a label of this project ({error!r}); {remedy}") from error
+        what = f"not a label of this project ({error!r})"
+        raise DataError(f"{path}: {what}; {_LABEL_AGAIN}") from error
 
-    # A readable file may still be the wrong one: edited, renamed, or of another copy of the log.
-    if not (has_its_rows and has_its_settings):
-        raise DataError(f"{path}: its rows or settings are not those it was written with; {remedy}")
+    # A whole file may still be the wrong one: renamed, or of another copy of the log.
+    if not is_plausible:
+        raise DataError(f"{path}: {_IMPLAUSIBLE}; {_LABEL_AGAIN}")
     if found != key:
-        raise DataError(f"{path}: is the label of {tuple(found)}, not of {tuple(key)}; {remedy}")
+        what = f"is the label of {tuple(found)}, not of {tuple(key)}"
+        raise DataError(f"{path}: {what}; {_LABEL_AGAIN}")
     if num_points is not None and num_points != table.num_rows:
         rows = f"has {table.num_rows} rows, its sweep has {num_points} points"
         sweep = f"{key.timestamp0_ns} of log {key.log_id}"
-        raise DataError(f"{path}: {rows} ({sweep}); {remedy}")
-    flow = torch.from_numpy(data.stack(table, data.FLOW_COLUMNS).astype(np.float32))  # (N0, 3)
-    has_flow = torch.from_numpy(table["has_flow"].to_numpy())  # (N0,)
-    return Label(key, flow, has_flow, settings, loss, seconds)
+        raise DataError(f"{path}: {rows} ({sweep}); {_LABEL_AGAIN}")
+    return Label(key, flow, has_flow, *about)
+
+
+_IMPLAUSIBLE = "has flow that is not finite, or as long as the grid"
+
+
+def _read_unspoiled(path: Path) -> bytes:
+    """The content of a label's file, if it is as it was written. Raises DataError."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError as error:
+        what = "does not exist; make it with `python zeroflow.py label`"
+        raise DataError(f"{path}: {what}") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); {_LABEL_AGAIN}") from error
+    # The most frequent fault is a copy that stopped half-way. It lacks the end.
+    if not content.endswith(b"ARROW1"):
+        raise DataError(f"{path}: not a whole Feather file; {_LABEL_AGAIN}")
+    stored = re.search(rb'"checksum": "([0-9a-f]{64})"', content)
+    if stored is None:
+        what = "not a label of this project (it has no checksum; an older version wrote none)"
+        raise DataError(f"{path}: {what}; {_LABEL_AGAIN}")
+    as_written = content.replace(stored[1], _NO_CHECKSUM.encode())
+    if hashlib.sha256(as_written).hexdigest() != stored[1].decode():
+        what = "its rows or settings are not those it was written with"
+        raise DataError(f"{path}: {what}; {_LABEL_AGAIN}")
+    return content
+
+
+def _flow_columns(
+    file: Path, table: pyarrow.Table, mask: str, remedy: str
+) -> tuple[Tensor, Tensor]:
+    """Flow (N0, 3) float32, NaN for a null, and the named column of bool (N0,)."""
+    types = pyarrow.types
+    for name in data.FLOW_COLUMNS:
+        if not types.is_floating(table[name].type):
+            found = f"its column {name} is {table[name].type}, expected floating-point numbers"
+            raise DataError(f"{file}: {found}; {remedy}")
+    if not types.is_boolean(table[mask].type) or table[mask].null_count:
+        found = f"its column {mask} is {table[mask].type} with {table[mask].null_count} nulls"
+        raise DataError(f"{file}: {found}, expected bool without nulls; {remedy}")
+    with np.errstate(invalid="ignore"):  # for a NaN of the kind that raises alarm
+        flow = torch.from_numpy(data.read_numbers(file, table, data.FLOW_COLUMNS)).float()
+    return flow, torch.from_numpy(table[mask].to_numpy().astype(bool))  # (N0, 3), (N0,)
 
 
 def settings_hash(settings: dict) -> str:
@@ -121,11 +178,15 @@ def settings_hash(settings: dict) -> str:
 # --- A folder of labels ---------------------------------------------------------------------------
 
 
+class ForeignLabel(DataError):
+    """A label that is whole, but of other settings than its folder's, or of another input."""
+
+
 class LabelFolder(NamedTuple):
     """The labels of a data set: which pairs have one, and how to read it."""
 
     pair_keys: list[PairKey]
-    read: Callable[[SweepPair], Label]  # raises DataError naming the file
+    read: Callable[[SweepPair], Label]  # raises DataError, or ForeignLabel, naming the file
     half_extent_m: tuple[float, ...]  # of the grid that the labels cover
     teacher: str  # hash of the teacher's settings and the grid, or "published"
 
@@ -161,10 +222,16 @@ _FOREIGN = "was made with other settings than its folder's settings.json names; 
 
 
 def _read_own(folder: Path, teacher: str, pair: SweepPair) -> Label:
+    path = label_path(folder, pair.key)
     label = read_label(folder, pair.key, len(pair.pc0))
     # Two runs may have started at the same moment with different settings: see `claim_folder`.
     if settings_hash(label.settings) != teacher:
-        raise DataError(f"{label_path(folder, pair.key)}: {_FOREIGN}")
+        raise ForeignLabel(f"{path}: {_FOREIGN}")
+    # Two drives may have the same name and times, and poses or ground may have changed.
+    if label.fingerprint != pair.fingerprint:
+        what = "is the label of other points, poses or ground than the data has now"
+        remedy = "if the data has changed, delete the label; if not, choose another folder"
+        raise ForeignLabel(f"{path}: {what}; {remedy}")
     return label
 
 
@@ -172,14 +239,19 @@ def folder_settings(folder: str | Path) -> dict:
     """The settings that a folder's labels were made with: the teacher's, and the grid."""
     file = Path(folder) / "settings.json"
     try:
-        settings = dict(json.loads(file.read_text()))
-    except (ValueError, TypeError) as error:
+        settings = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, OSError, RecursionError) as error:
         what = f"is not JSON of settings ({error})"
         raise DataError(f"{file}: {what}; restore it, or label into a new folder") from error
     # Older versions knew one grid only and did not store it. Their labels are other labels.
     if "half_extent_m" not in settings:
         what = "holds labels of other settings (half_extent_m, their grid, is missing there)"
         raise DataError(f"{file}: {what}; label into a new folder")
+    grid = settings["half_extent_m"]
+    is_grid = isinstance(grid, list) and len(grid) == 3
+    if not is_grid or not all(isinstance(half, float) and 0 < half < 1e6 for half in grid):
+        what = f"half_extent_m is {str(grid)[:80]}, expected three positive numbers of meters"
+        raise DataError(f"{file}: {what}; restore it, or label into a new folder")
     return settings
 
 
@@ -215,13 +287,14 @@ def _read_published(files: dict[PairKey, Path], pair: SweepPair) -> Label:
     if file is None:
         raise DataError(f"{tuple(pair.key)}: the published labels do not have this pair")
     read = _read_published_feather if file.suffix == ".feather" else _read_published_npz
-    flow, has_flow, seconds = read(file, pair)
-    # Comparing with NaN gives False, so this refuses NaN, too.
-    if not (flow.abs() < 2 * max(data.GRID_HALF_EXTENT_M)).all():
-        what = "has flow that is not finite, or as long as the grid"
-        raise DataError(f"{file}: {what}; download it again")
+    # A broken file raises errors of a dozen kinds: of zip, zlib, headers, shapes, memory.
+    with data.naming(file, "is not a published label", "download it again"):
+        flow, has_flow, seconds = read(file, pair)
+    if not zeroflow.is_plausible(flow, data.GRID_HALF_EXTENT_M):
+        raise DataError(f"{file}: {_IMPLAUSIBLE}; download it again")
     settings = {"teacher": "published", "half_extent_m": list(data.GRID_HALF_EXTENT_M)}
-    return Label(pair.key, flow, has_flow, settings, math.nan, seconds)
+    # Nobody knows the authors' fingerprint, but their rows have been compared with the pair's.
+    return Label(pair.key, flow, has_flow, settings, math.nan, seconds, pair.fingerprint)
 
 
 def _read_published_feather(file: Path, pair: SweepPair) -> tuple[Tensor, Tensor, float]:
@@ -230,10 +303,9 @@ def _read_published_feather(file: Path, pair: SweepPair) -> tuple[Tensor, Tensor
     if table.num_rows != len(pair.pc0):
         rows = f"has {table.num_rows} rows, its sweep has {len(pair.pc0)} points"
         raise DataError(f"{file}: {rows}; is it of this log?")
+    estimate, is_valid = _flow_columns(file, table, "is_valid", "download it again")
     # Their estimate may cover more points than ours would, for instance of a larger grid.
-    is_valid = torch.from_numpy(table["is_valid"].to_numpy().astype(bool))  # (N0,)
     has_flow = is_valid & data.input_masks(pair)[0]
-    estimate = torch.from_numpy(data.stack(table, data.FLOW_COLUMNS).astype(np.float32))  # (N0, 3)
     return torch.where(has_flow[:, None], estimate, 0.0), has_flow, math.nan
 
 
@@ -262,18 +334,19 @@ def _read_published_npz(file: Path, pair: SweepPair) -> tuple[Tensor, Tensor, fl
 
 
 def _load_npz(file: Path) -> tuple[Tensor, Tensor, float]:
-    """valid_idxes (K,) int64, flow (K, 3), seconds. Raises DataError naming the file."""
-    try:
-        # The file comes from the internet, and loading a pickle could run code.
-        with np.load(file, allow_pickle=False) as arrays:
-            estimate = torch.from_numpy(arrays["flow"].astype(np.float32)).reshape(-1, 3)
-            rows = torch.from_numpy(arrays["valid_idxes"].astype(np.int64)).flatten()
-            seconds = float(np.sum(arrays["delta_time"]))
-        distinct = len(rows.unique())
-        if not len(estimate) == len(rows) == distinct or (rows < 0).any():
-            raise ValueError(f"{len(estimate)} rows of flow for {distinct} different valid_idxes")
-    except Exception as error:  # of zip, zlib, the header, the shapes, memory
-        raise DataError(f"{file}: is not a published label ({error}); download it again") from error
+    """valid_idxes (K,) int64, flow (K, 3), seconds."""
+    # The file comes from the internet, and loading a pickle could run code.
+    with np.load(file, allow_pickle=False) as arrays:
+        flow, numbers = arrays["flow"], arrays["valid_idxes"]
+        seconds = float(np.sum(arrays["delta_time"]))
+    if flow.dtype.kind != "f" or numbers.dtype.kind not in "iu":
+        raise ValueError(f"flow of {flow.dtype} for valid_idxes of {numbers.dtype}")
+    with np.errstate(invalid="ignore"):  # for a NaN of the kind that raises alarm
+        estimate = torch.from_numpy(flow.astype(np.float64)).float().reshape(-1, 3)
+    rows = torch.from_numpy(numbers.astype(np.int64)).flatten()
+    distinct = len(rows.unique())
+    if not len(estimate) == len(rows) == distinct or (rows < 0).any():
+        raise ValueError(f"{len(estimate)} rows of flow for {distinct} different valid_idxes")
     return rows, estimate, seconds
 
 
@@ -285,7 +358,7 @@ class LabelStatus(NamedTuple):
 
     states: state -> pair -> what is wrong. "made": a valid label. "missing": never tried. "torn": a
     file that is not a valid label. "failed": the last run could not label this pair. "foreign": a
-    label of other settings than its folder's.
+    label of other settings than its folder's, or (in the sample) of other points, poses or ground.
     """
 
     states: dict[str, dict[PairKey, str]]
@@ -323,6 +396,8 @@ def label_status(dataset: data.Pairs, folder: str | Path, sample: int | None = 2
             continue  # the sweep is broken, not its label
         try:
             found[made[i]] = "made", "", label_folder.read(pair).seconds
+        except ForeignLabel as error:
+            found[made[i]] = "foreign", str(error), math.nan
         except (DataError, OSError) as error:
             found[made[i]] = "torn", str(error), math.nan
 
@@ -357,8 +432,12 @@ def label_state(folder: str | Path, key: PairKey, wanted: str) -> tuple[str, str
             return "foreign", f"{label_path(folder, key)}: {_FOREIGN}", math.nan
 
     # Has the last run left a note? Another one may label the pair right now, and remove the note.
+    note = _failure_path(folder, key)
     with contextlib.suppress(FileNotFoundError):
-        state, reason = "failed", json.loads(_failure_path(folder, key).read_text())["reason"]
+        try:
+            state, reason = "failed", str(json.loads(note.read_text(encoding="utf-8"))["reason"])
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            state, reason = "failed", f"{note}: does not tell why ({error!r}); delete the file"
     return state, reason, math.nan
 
 
@@ -374,6 +453,7 @@ def _write_failure(folder: str | Path, key: PairKey, reason: str) -> None:
 # --- Labeling many pairs --------------------------------------------------------------------------
 
 PAIRS_AT_ONCE = {"cpu": 1, "cuda": 16}  # pairs that one process fits side by side
+COMPARED = 20  # labels that `label_dataset` finds and compares with their sweeps
 
 
 @dataclass(frozen=True)
@@ -383,6 +463,7 @@ class LabelCount:
     made: int
     found: int  # labels that were there already
     failed: list[tuple[PairKey, str]]  # pairs that could not be labeled, and why
+    suspicious: list[tuple[PairKey, str]]  # labels made that may be wrong, and why
 
 
 def label_dataset(
@@ -399,15 +480,21 @@ def label_dataset(
 
     workers: processes of one thread each (None: one per core, at most 8 for a GPU); 1 starts none.
 
-    A pair fails if it cannot be read or fitted, or if its process dies; the next run tries again.
-    Raises DataError if the folder has labels of other settings, or if more than `max_broken` of the
-    shard's pairs (counted as at least 100) fail; OSError if a label cannot be written.
+    A pair fails if it cannot be read or fitted, if there is too little memory for it, or if its
+    process dies; the next run tries again. Of the labels that are there already, COMPARED, evenly
+    spread, are compared with their pairs: comparing all would mean to read every sweep.
+    Raises DataError if the folder has labels of other settings or other data, or if more than
+    `max_broken` of the shard's pairs (counted as at least 100) fail; OSError if a label cannot be
+    written.
     """
     label_settings = zeroflow.label_settings(settings, half_extent_m)
+    keys = dataset.pair_keys
+    if len(set(keys)) < len(keys):
+        what = f"{len(keys) - len(set(keys))} of {len(keys)} pairs are in the data set twice"
+        raise DataError(f"{folder}: {what}; was the same folder given twice?")
     claim_folder(folder, label_settings)
 
     # What is there already? Labels are read and not only looked for, since a file may be torn.
-    keys = dataset.pair_keys
     mine = [i for i, key in enumerate(keys) if shard_of(key, shard[1]) == shard[0]]
     found = _label_states(folder, [keys[i] for i in mine], settings_hash(label_settings))
     missing = []
@@ -417,6 +504,8 @@ def label_dataset(
             raise DataError(reason)
         if state != "made":
             missing.append(i)
+    made = [i for i in mine if found[keys[i]][0] == "made"]
+    _compare_some(dataset, Path(folder), settings_hash(label_settings), made)
 
     # On a GPU, several pairs take as long as one. So the unit of work is a chunk of pairs.
     at_once = PAIRS_AT_ONCE[torch.device(device).type]
@@ -425,14 +514,16 @@ def label_dataset(
     results = _run(job, chunks, _count_processes(workers, device))
 
     # A failure leaves a note beside the labels, so that `label_status` can tell the reason later.
-    failed, allowed = [], max_broken * max(100, len(mine))
+    failed, suspicious, allowed = [], [], max_broken * max(100, len(mine))
     name = "teacher" if shard[1] == 1 else f"teacher {shard[0]}/{shard[1]}"
     with tqdm(total=len(missing), desc=name, unit="pair", disable=not missing) as progress:
-        for chunk, reasons in results:
-            for i, reason in zip(chunk, reasons, strict=True):
-                if reason is not None:
-                    failed.append((keys[i], reason))
-                    _write_failure(folder, keys[i], reason)
+        for chunk, outcomes in results:
+            for i, outcome in zip(chunk, outcomes, strict=True):
+                if outcome.failure is not None:
+                    failed.append((keys[i], outcome.failure))
+                    _write_failure(folder, keys[i], outcome.failure)
+                if outcome.suspicion is not None:
+                    suspicious.append((keys[i], outcome.suspicion))
             progress.update(len(chunk))
             # Beyond some failures it is the data that is broken, or the settings: stop early.
             if len(failed) > allowed:
@@ -440,7 +531,18 @@ def label_dataset(
                 limit = f"more than --max-broken {max_broken} of {len(mine)}"
                 first = f"the first is {tuple(failed[0][0])}: {failed[0][1]}"
                 raise DataError(f"{what}, {limit}; fix the data, or allow more; {first}")
-    return LabelCount(len(missing) - len(failed), len(mine) - len(missing), failed)
+    return LabelCount(len(missing) - len(failed), len(made), failed, suspicious)
+
+
+def _compare_some(dataset: data.Pairs, folder: Path, teacher: str, made: list[int]) -> None:
+    """Raise DataError if one of a few labels does not belong to its pair's input."""
+    # It is for the user to decide: these may be hours of work, the labels of another drive.
+    for position in data.evenly_spread(len(made), COMPARED):
+        try:
+            pair = dataset[made[position]]
+        except (ValueError, OSError, MemoryError):
+            continue  # the sweep is broken, not its label
+        _read_own(folder, teacher, pair)
 
 
 def claim_folder(folder: str | Path, settings: dict) -> None:
@@ -502,9 +604,14 @@ def chosen_shard(
         source = "SLURM_ARRAY_TASK_ID/SLURM_ARRAY_TASK_COUNT"
         shard = environment["SLURM_ARRAY_TASK_ID"]
         shards = environment.get("SLURM_ARRAY_TASK_COUNT", "")
+        # An array need not begin at 0, nor count in steps of 1.
+        first = environment.get("SLURM_ARRAY_TASK_MIN", "0")
+        step = environment.get("SLURM_ARRAY_TASK_STEP", "1")
+        if shard.isdecimal() and first.isdecimal() and step.isdecimal() and int(step) > 0:
+            shard = str((int(shard) - int(first)) // int(step))
     else:
         return 0, 1
-    # A SLURM array that counts from 1 ends up here: it has no shard 0, so pairs would be missing.
+    # A list of tasks with gaps ends up here: some shards would be nobody's.
     if not (shard.isdecimal() and shards.isdecimal() and int(shard) < int(shards)):
         what = f"{shard!r} of {shards!r} is not a shard; shards are 0/n ... n-1/n"
         raise DataError(f"{source}: {what}; choose one with --shard i/n")
@@ -519,30 +626,134 @@ def usable_cores() -> int:
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
+# --- Is the pose wrong? ---------------------------------------------------------------------------
+
+# Most of what a car sees is static. If most points have the same residual motion, it is the car's
+# own: the pose is wrong by that much. A motion is noise if it is shorter than this, or if it hardly
+# brings sweep 0 closer to sweep 1. With right poses, a real pair has 1.9 cm and a gain of 1.08, and
+# sparse streets have up to 7 cm and 1.04. A pose that is wrong by 11.5 cm gives 1.09 to 2.
+MIN_MOTION_M = 0.05
+MIN_GAIN = 1.07
+MIN_POINTS = 100  # of fewer points, most may belong to one car
+
+
+class CommonMotion(NamedTuple):
+    """The rigid motion that most points of a pair share."""
+
+    share: float  # of the points: their flow agrees with it, or they come closer to sweep 1 by it
+    meters: float  # how far it moves the points, on average
+    gain: float  # mean squared distance to sweep 1, divided by that after the motion
+
+
+def suspicion(label: Label, pair: SweepPair) -> str | None:
+    """Why the label of a pair may be wrong, as one line; None if nothing looks wrong."""
+    if label.has_flow.sum() < MIN_POINTS:
+        return None
+    common = common_motion(label, pair)
+    if common.share < 0.5 or common.meters < MIN_MOTION_M or common.gain < MIN_GAIN:
+        return None
+    share, motion_cm = f"{100 * common.share:.0f} %", f"{100 * common.meters:.1f} cm"
+    return f"{share} of the points share one motion of {motion_cm}: is the pose of this pair wrong?"
+
+
+def common_motion(label: Label, pair: SweepPair, reach: float = 0.3) -> CommonMotion:
+    """The rigid motion by which sweep 0 as a whole lands on sweep 1.
+
+    reach: a point farther than this from sweep 1, in meters, does not count.
+    """
+    # A motion has six parameters: about 2,000 points are enough. All of them are one cluster.
+    rows = label.has_flow.nonzero()[:, 0]
+    rows = rows[:: len(rows) // 2000 + 1]
+    points, flow = pair.pc0[rows].double(), label.flow[rows].double()  # (N, 3) each
+    target = pair.pc1[data.input_masks(pair, label.settings["half_extent_m"])[1]]
+    if len(points) == 0 or len(target) == 0:
+        return CommonMotion(0.0, 0.0, 1.0)
+    cluster = torch.zeros(len(points), dtype=torch.int64)
+    settings = dataclasses.replace(nsfp.TEACHERS["fast"], ransac_trials=50, inlier_reach=0.05)
+    motion = nsfp.motions_by_ransac(points, points + flow, cluster, settings)  # (1, 3, 4)
+
+    # The teacher leaves smooth walls where they are, since sweep 1 does not tell how far they have
+    # slid along themselves. In a street of walls most flow is 0. So let sweep 1 decide, by ICP.
+    sweep1 = nsfp.Neighbors(target.double())
+    for _ in range(10):
+        partner, is_found = sweep1.partners(nsfp.move(points, motion, cluster), reach)
+        motion = nsfp.rigid_motions(points, partner, cluster, is_found.double())
+
+    moved = nsfp.move(points, motion, cluster)
+    before = sweep1.distance(points, reach, beyond=reach)
+    after = sweep1.distance(moved, reach, beyond=reach)
+    is_shared = (after < before) | ((moved - points - flow).norm(dim=1) < settings.inlier_reach)
+    gain = before.square().mean() / after.square().mean().clamp(min=1e-12)
+    meters = (moved - points).norm(dim=1).mean()
+    return CommonMotion(is_shared.double().mean().item(), meters.item(), gain.item())
+
+
 # --- Processes ------------------------------------------------------------------------------------
 
 
-def _label_chunk(dataset, folder, settings, half_extent_m, device, chunk) -> list[str | None]:
-    """Write the labels of some pairs. Returns, for each pair, why it failed (None: it did not)."""
-    reasons, pairs = dict.fromkeys(chunk), {}
+class _Outcome(NamedTuple):
+    """What became of a pair."""
+
+    failure: str | None = None  # why it has no label
+    suspicion: str | None = None  # why its label may be wrong
+
+
+def _label_chunk(dataset, folder, settings, half_extent_m, device, chunk) -> list[_Outcome]:
+    """Write the labels of some pairs. Returns what became of each."""
+    outcomes, pairs = dict.fromkeys(chunk, _Outcome()), {}
     for i in chunk:
         try:
             pairs[i] = dataset[i]
         except (ValueError, OSError) as error:  # a file that cannot be read
-            reasons[i] = str(error)
+            outcomes[i] = _Outcome(failure=str(error))
+        except MemoryError as error:
+            outcomes[i] = _Outcome(failure=_out_of_memory(error))
 
     # A fit that diverges leaves the others unharmed: they only share the time.
-    made = zeroflow.make_labels(list(pairs.values()), settings, half_extent_m, device)
-    for i, label in zip(pairs, made, strict=True):
+    make = functools.partial(
+        zeroflow.make_labels, settings=settings, half_extent_m=half_extent_m, device=device
+    )
+    made = _labels_or_reasons(list(pairs.values()), make)
+    for (i, pair), label in zip(pairs.items(), made, strict=True):
+        if isinstance(label, str):
+            outcomes[i] = _Outcome(failure=label)
+            continue
         try:
             zeroflow.check_label(label)
         except DataError as error:
-            reasons[i] = str(error)
+            outcomes[i] = _Outcome(failure=str(error))
         else:
             # The note of an earlier failure is deleted last: a kill in between loses nothing.
             write_label(folder, label)
             _failure_path(folder, label.key).unlink(missing_ok=True)
-    return list(reasons.values())
+            outcomes[i] = _Outcome(suspicion=suspicion(label, pair))
+    return list(outcomes.values())
+
+
+def _labels_or_reasons(pairs: list[SweepPair], make: Callable) -> list[Label | str]:
+    """What `make` makes of the pairs; for a pair that needs too much memory, the reason."""
+    try:
+        return make(pairs)
+    except (MemoryError, RuntimeError) as error:
+        reason = _out_of_memory(error)
+        if reason is None:
+            raise
+    # Here the error is gone, and with it the tensors that its traceback held. Side by side the
+    # pairs may need too much memory, one after the other perhaps only one of them.
+    if len(pairs) == 1:
+        return [reason]
+    return [result for pair in pairs for result in _labels_or_reasons([pair], make)]
+
+
+def _out_of_memory(error: Exception) -> str | None:
+    """The reason why a pair failed for lack of memory; None for any other error."""
+    # PyTorch raises a RuntimeError, on a CPU one of no class of its own.
+    text = " ".join(str(error).split())
+    phrases = ("out of memory", "can't allocate memory", "not enough memory")
+    if not isinstance(error, MemoryError) and not any(phrase in text for phrase in phrases):
+        return None
+    remedy = "use fewer --workers, a machine with more memory, or a cloud of fewer points"
+    return f"there was not enough memory ({type(error).__name__}: {text[:200]}); {remedy}"
 
 
 def _count_processes(workers: int | None, device: str) -> int:
@@ -630,8 +841,10 @@ class _Worker:
             self.has_died = True
             self.process.join()
             code = self.process.exitcode
-            reason = f"its process died (exit code {code}; -9: killed, often for lack of memory)"
-            return chunk, [reason] * len(chunk)
+            causes = "-9: killed, often for lack of memory; 1: often a script that labels without"
+            causes += ' `if __name__ == "__main__":`'
+            reason = f"its process died (exit code {code}; {causes})"
+            return chunk, [_Outcome(failure=reason)] * len(chunk)
         # What went wrong with single pairs is part of the result. This is worse: it stops the run.
         if isinstance(result, Exception):
             raise result

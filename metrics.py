@@ -37,7 +37,8 @@ import torch
 
 FD, FS, BS = 0, 1, 2  # foreground dynamic, foreground static, background static
 GROUPS = ("fd", "fs", "bs")
-# The nominal rate: a speed is 10 * displacement, whatever the pair's own time difference.
+# The nominal rate: a speed is 10 * displacement, whatever the pair's own time difference. The field
+# defines its numbers so. The loss (zeroflow.py) takes the pair's own time.
 SWEEPS_PER_S = 10.0
 DYNAMIC_M = 0.05  # per sweep: a longer estimated flow counts as "dynamic"
 NEAR_M = 35.0  # of |x| and |y|; all definitions agree on it, but not on the border itself

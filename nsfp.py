@@ -480,24 +480,63 @@ def find_clusters(points: Tensor, reach: float, min_points: int) -> Tensor:
 
     A core has `min_points` points within `reach` (meters), itself included. Cores within reach of
     each other share a cluster; any other point joins its nearest core in reach. Memory grows with
-    the pairs of neighbors, 2.5 million for the 60,769 points of a real Argoverse 2 sweep.
+    the number of points, however many of them lie at one place.
     """
     points = points.numpy()
+    # All points of a small cell are neighbors: its diagonal is 0.99 of the reach. If there are
+    # enough of them, they are cores. Only the rest must look for neighbors in other cells.
+    corner = np.floor(points / (0.57 * reach))  # (N, 3)
+    _, cell, size = np.unique(corner, axis=0, return_inverse=True, return_counts=True)
+    cell = cell.ravel()  # (N,); NumPy 2.0 returns (N, 1)
+    is_core = size[cell] >= min_points
+    rest = np.flatnonzero(~is_core)
     # The distance to the min_points-th nearest point is infinite where that is out of reach.
-    distance, _ = cKDTree(points).query(points, [min_points], distance_upper_bound=reach)  # (N, 1)
-    is_core = np.isfinite(distance[:, 0])
+    distance, _ = cKDTree(points).query(points[rest], [min_points], distance_upper_bound=reach)
+    is_core[rest] = np.isfinite(distance[:, 0])
+
     cluster = np.full(len(points), -1)
     if is_core.any():
-        # Clusters are the connected components of the graph that links the cores within reach.
-        core_tree = cKDTree(points[is_core])
-        a, b = core_tree.query_pairs(reach, output_type="ndarray").T
-        links = coo_matrix((np.ones(len(a), dtype=bool), (a, b)), shape=(core_tree.n, core_tree.n))
-        _, core_cluster = connected_components(links, connection="weak")
+        core_cluster = _connect_cores(points[is_core], cell[is_core], reach)
         cluster[is_core] = core_cluster
         # For "none in reach" SciPy gives the row after the last core, where we append a -1.
-        _, nearest_core = core_tree.query(points[~is_core], distance_upper_bound=reach)
-        cluster[~is_core] = np.append(core_cluster, -1)[nearest_core]
+        _, nearest = cKDTree(points[is_core]).query(points[~is_core], distance_upper_bound=reach)
+        cluster[~is_core] = np.append(core_cluster, -1)[nearest]
     return torch.from_numpy(cluster)
+
+
+def _connect_cores(cores: np.ndarray, cell: np.ndarray, reach: float) -> np.ndarray:
+    """(N,) clusters of cores (N, 3): the connected components of those within reach of each other.
+
+    cell: (N,) the cell of each; all cores of a cell are within reach of each other. To link every
+    two of 40,000 cores at one place would take 13 GB. So each core is linked with the first of its
+    cell, and only the first `per_cell` of a cell are linked with their neighbors in other cells.
+    """
+    per_cell = 16  # more than most cells of a real sweep have
+    rows = cell.argsort(kind="stable")  # of the first cell, of the second, ...
+    _, start, size = np.unique(cell[rows], return_index=True, return_counts=True)
+    chosen = rows[np.arange(len(rows)) - start.repeat(size) < per_cell]
+    pairs = chosen[cKDTree(cores[chosen]).query_pairs(reach, output_type="ndarray")]  # (L, 2)
+    within_cells = np.stack([rows, rows[start.repeat(size)]], axis=1)  # (N, 2)
+    component = _components(np.concatenate([pairs, within_cells]), len(cores))
+
+    # The other cores of a crowded cell may still link it with a component that lies nearby.
+    tree, links = cKDTree(cores), [np.zeros((0, 2), dtype=int)]
+    for crowded in np.flatnonzero(size > per_cell):
+        members = rows[start[crowded] : start[crowded] + size[crowded]]
+        own = component[members[0]]
+        near = np.array(tree.query_ball_point(cores[members[0]], 2 * reach))  # and some too far
+        near = near[component[near] != own]
+        if len(near):
+            count = cKDTree(cores[members]).query_ball_point(cores[near], reach, return_length=True)
+            linked = np.unique(component[near[count > 0]])
+            links.append(np.stack([np.full_like(linked, own), linked], axis=1))
+    return _components(np.concatenate(links), component.max() + 1)[component]
+
+
+def _components(links: np.ndarray, count: int) -> np.ndarray:
+    """(count,) connected component of each node of a graph, given its links (L, 2) of rows."""
+    graph = coo_matrix((np.ones(len(links), dtype=bool), links.T), shape=(count, count))
+    return connected_components(graph, connection="weak")[1]
 
 
 def _sample_clusters(cluster: Tensor, members: Tensor, settings: NSFPSettings) -> Tensor:

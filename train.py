@@ -9,11 +9,13 @@ ZeroFlow, section 3 (Vedder et al., ICLR 2024), on a CPU, a GPU, or several GPUs
 
 The file follows the data: settings, a run, samples, batches, training, several processes, and the
 run's folder. That folder holds last.pt (the newest checkpoint), best.pt (the best one on --val),
-log.jsonl (one line per step and per validation) and settings.json.
+log.jsonl (one line per step and per validation) and settings.json. What keeps a run safe whatever
+happens to its files, its processes, or the machine is in runs.py.
 
 An interruption costs nothing but time. On a CPU, a run that is killed at any instant and resumed
 ends with the weights of an undisturbed run, bit for bit. On SIGTERM, by which clusters take a
-machine back, it writes last.pt and ends with status 0.
+machine back, it writes last.pt and ends with status 0; if a worker dies, it does the same, with
+status 1.
 
 Points are (N, 3) float32 in meters, in the ego frame of sweep 0, without ground; flow is residual.
 The defaults are the published recipe. Clipping, a falling learning rate and bfloat16 are ours, and
@@ -28,10 +30,8 @@ import datetime
 import functools
 import hashlib
 import itertools
-import json
 import math
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -48,8 +48,11 @@ from tqdm import tqdm
 import data
 import fastflow3d
 import labels
+import runs
 import zeroflow
 from data import DataError
+from runs import Log, Reader, ignore_signals, shared, stop_signals
+from runs import read_log as read_log  # for those who look for it here
 
 # --- Settings -------------------------------------------------------------------------------------
 
@@ -74,6 +77,9 @@ class TrainSettings:
     ground: Literal["auto", "raster", "vector", "points", "none"] = "auto"
     poses: str | None = None  # file of poses for a folder of clouds, if it is not beside them
     rate_hz: float = 10.0  # sweeps per second of clouds whose names are not time stamps
+    columns: int | None = None  # numbers per point in .bin clouds; none: recognized
+    # nearer points of clouds are the ego's own body; 0: keep all; none: 2.5 for folders of clouds
+    min_range_m: float | None = None
     val: str | None = None  # a split or log with annotations to evaluate on
 
     # The student, and how it learns.
@@ -206,6 +212,11 @@ def _check_sources(settings: TrainSettings) -> None:
         remedy = "is for the street; leave --data out" if folders else "needs --data"
         raise DataError(f"--preset {settings.preset}: {remedy}, or choose another preset")
 
+    for path, other in itertools.combinations(settings.data, 2):
+        if os.path.realpath(path) == os.path.realpath(other):
+            what = "is given twice, so its pairs would count twice"
+            raise DataError(f"--data {path} {other}: {what}; give it once")
+
     # Each folder of data has labels, and may have counts, of its own.
     if settings.supervised and settings.labels:
         raise DataError("--supervised: learns from the true flow; leave --labels out")
@@ -263,6 +274,7 @@ def run(settings: TrainSettings) -> dict[str, dict[str, float]]:
         count = max(1, round(settings.val_share * len(test_set)))
         some = Subset(test_set, data.evenly_spread(len(test_set), count))
         validate = functools.partial(score, some, settings.max_broken)
+        _report_overlap(samples, test_set, settings.val)
 
     model = train_in_folder(samples, settings, validate)
     if model is None or test_set is None or rank_of()[0] > 0:
@@ -276,6 +288,14 @@ def run(settings: TrainSettings) -> dict[str, dict[str, float]]:
     print(f"\n{len(test_set)} pairs of {settings.val}; {units(settings.device)}")
     print(zeroflow.table({"student": found.numbers}))
     return {"student": found.numbers}
+
+
+def _report_overlap(samples: Samples, test_set: data.Pairs, name: str) -> None:
+    learned = {part.dataset.pair_keys[part.indices[i]] for part, i in samples.rows}
+    count = len(learned.intersection(test_set.pair_keys))
+    if count and rank_of()[0] == 0:
+        what = f"{count} of its {len(test_set)} pairs are also learned from"
+        print(f"--val {name}: {what}; its errors are lower than on new data", file=sys.stderr)
 
 
 def train_in_folder(
@@ -298,7 +318,8 @@ def units(device: str) -> str:
 
 def open_and_report(path: str, options, true_flow: bool = True) -> data.Pairs:
     """Open a data set as `options` ask for: anything that has the attributes named here."""
-    names = ("ground", "pairs_per_log", "sweeps_per_log", "poses", "rate_hz")
+    names = ("ground", "pairs_per_log", "sweeps_per_log", "poses", "rate_hz", "columns")
+    names += ("min_range_m",)
     chosen = {name: getattr(options, name) for name in names}
     dataset = data.open_dataset(path, true_flow, **chosen)
 
@@ -330,6 +351,7 @@ class Sample(NamedTuple):
     label: Tensor  # (N0, 3) residual flow
     has_flow: Tensor  # (N0,) bool, the rows that count in the loss
     weight: Tensor  # (N0,) how much each row counts, apart from its speed
+    seconds: float = 0.1  # between the two sweeps
     broken: int = 0  # 1 if this pair takes the place of one that could not be read
 
 
@@ -401,7 +423,7 @@ class LabeledPairs(Dataset):
         # Ground is cut out here already, so that it need not travel to the device.
         keep = ~pair.is_ground0
         pc0, pc1 = pair.pc0[keep], pair.pc1[~pair.is_ground1]
-        return Sample(pc0, pc1, flow[keep], has_flow[keep], weight[keep])
+        return Sample(pc0, pc1, flow[keep], has_flow[keep], weight[keep], pair.seconds)
 
 
 class Samples(Dataset):
@@ -459,13 +481,21 @@ class Batch(NamedTuple):
     labels: Sequence[Tensor]
     has_flow: Sequence[Tensor]
     weights: Sequence[Tensor]
+    seconds: Sequence[float]
     broken: int  # samples that took the place of others
 
 
 def load(
-    samples: Sequence[Sample], settings: TrainSettings, first_step: int
+    samples: Sequence[Sample],
+    settings: TrainSettings,
+    first_step: int,
+    stopped: Sequence[int] = (),
 ) -> Iterator[list[Batch]]:
-    """The micro-batches of this process, step by step, without end; `workers` read them ahead."""
+    """The micro-batches of this process, step by step; `workers` read them ahead.
+
+    They end only if a signal (in `stopped`) comes. Raises DataError if a worker dies. Close the
+    iterator when it is no longer needed, which ends the workers.
+    """
 
     def parts_of(step: int) -> list[list[int]]:
         return micro_batches(step, len(samples), settings, *rank_of())
@@ -477,32 +507,33 @@ def load(
         num_workers=settings.workers,
         collate_fn=join,
         pin_memory=settings.device.startswith("cuda"),
-        worker_init_fn=_ignore_sigterm,
+        worker_init_fn=ignore_signals,
+        timeout=1 if settings.workers else 0,  # seconds, after which the reader looks around
     )
-    loaded = iter(loader)  # micro-batches
-    for step in itertools.count(first_step):
-        batches = []
-        for columns, lengths, broken in itertools.islice(loaded, len(parts_of(step))):
-            # A column goes to the device as a whole, and is cut into samples there.
-            columns = [column.to(settings.device, non_blocking=True) for column in columns]
-            lists = [column.split(rows) for column, rows in zip(columns, lengths, strict=True)]
-            batches.append(Batch(*lists, broken))
-        yield batches
+    with contextlib.closing(Reader(loader)) as reader:
+        for step in itertools.count(first_step):
+            batches = []
+            for _ in parts_of(step):
+                part = reader.next(stopped)
+                if part is None:
+                    return
+                # A column goes to the device as a whole, and is cut into samples there.
+                columns, lengths, seconds, broken = part
+                columns = [column.to(settings.device, non_blocking=True) for column in columns]
+                lists = [column.split(rows) for column, rows in zip(columns, lengths, strict=True)]
+                batches.append(Batch(*lists, seconds, broken))
+            yield batches
 
 
-def join(samples: Sequence[Sample]) -> tuple[list[Tensor], list[list[int]], int]:
-    """One tensor per column of the samples, the rows that each sample has in it, and `broken`."""
+def join(
+    samples: Sequence[Sample],
+) -> tuple[list[Tensor], list[list[int]], tuple[float, ...], int]:
+    """One tensor per column, the rows that each sample has in it, `seconds`, and `broken`."""
     # A worker needs a file handle for each tensor that it sends, and handles are scarce: five long
     # tensors are better than five for each sample.
-    *columns, broken = zip(*samples, strict=True)
+    *columns, seconds, broken = zip(*samples, strict=True)
     lengths = [[len(part) for part in column] for column in columns]
-    return [torch.cat(column) for column in columns], lengths, sum(broken)
-
-
-def _ignore_sigterm(_) -> None:
-    # Clusters send it to all processes of a job. A worker that died of it would take along the step
-    # that waits for its pairs.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    return shared([torch.cat(column) for column in columns]), lengths, seconds, sum(broken)
 
 
 def micro_batches(
@@ -565,41 +596,69 @@ def train(
     per_epoch = steps_per_epoch(len(samples), settings)
     total = settings.steps or settings.epochs * per_epoch
 
-    # Only the first process writes. It does so before the first step, too: a run that is killed
-    # right away can be resumed, with its settings.
-    log = Log(folder if rank == 0 else None, state.step, settings)
-    save = functools.partial(log.save, model, optimizer, state, settings)
-    if state.step == 0:
-        save("last.pt")
-    steps = load(samples, settings, state.step)
-    progress = tqdm(total=total, initial=state.step, desc="student", unit="step", disable=rank > 0)
-    with stop_signals() as stopped:
-        while state.step < total and not any_of(stopped, settings.device):
-            start = time.perf_counter()
-            batches, step = next(steps), state.step
-            result = one_step(parallel, optimizer, batches, step, total, settings, stopped)
+    # Only the first process writes.
+    log = Log(folder if rank == 0 else None, state.step, state.validated, settings)
+    save = functools.partial(_save, log, model, optimizer, state, settings)
+    bar = tqdm(total=total, initial=state.step, desc="student", unit="step", disable=rank > 0)
+    with (
+        bar as progress,  # closed, also after an error, so that the error has a line of its own
+        _threads(settings),
+        stop_signals() as stopped,
+        contextlib.closing(load(samples, settings, state.step, stopped)) as steps,
+    ):
+        while True:
+            # A validation that was interrupted is made up for after a resume.
+            is_last = state.step >= total
+            is_due = is_last or state.step % (settings.validate_every or per_epoch) == 0
+            validates = validate and is_due and state.validated < state.step and not stopped
+
+            # The checkpoint comes before the validation, which may take longer than many steps. It
+            # also comes before the first step: a run that is killed right away can be resumed.
+            if validates or is_last or state.step % settings.checkpoint_every == 0:
+                save("last.pt")
+            if validates:
+                if rank == 0:
+                    _validate(validate, model, log, state, save)
+                state.validated = state.step
+                save("last.pt")
+            if is_last:
+                return None if stopped else model
+
+            # All processes stop before the same step, if any of them was told to.
+            start, batches = time.perf_counter(), _next_batches(steps, save)
+            if any_of(stopped, settings.device):
+                break
+            result = one_step(parallel, optimizer, batches, state.step, total, settings, stopped)
             if result is None:
                 break
             state.count(result, settings)
-            log.write_step(result, state, time.perf_counter() - start, progress)
-
-            # The checkpoint comes before the validation, which may take longer than many steps.
-            is_last = state.step == total
-            is_due = is_last or state.step % (settings.validate_every or per_epoch) == 0
-            validates = validate is not None and is_due
-            if validates or is_last or state.step % settings.checkpoint_every == 0:
-                save("last.pt")
-            if validates and rank == 0:
-                numbers = validate(model)
-                log.write({"step": state.step, **numbers})
-                if numbers["paper_three_way"] < state.best:
-                    state.best = numbers["paper_three_way"]
-                    save("best.pt")
-                    save("last.pt")  # which remembers how good the best one is
-    if state.step == total and not stopped:
-        return model
+            log_step(log, result, state, time.perf_counter() - start, progress)
     save("last.pt")
     return None
+
+
+def _next_batches(steps: Iterator[list[Batch]], save: Callable) -> list[Batch] | None:
+    """The batches of the next step; None if a signal came. Saves the run if they do not come."""
+    try:
+        return next(steps, None)
+    except DataError:
+        save("last.pt")  # the model is still that of the last whole step
+        raise
+
+
+def _validate(validate: Validate, model, log: Log, state: State, save: Callable) -> None:
+    numbers = validate(model)
+    log.write({"step": state.step, **numbers})
+    if numbers["paper_three_way"] < state.best:
+        state.best, state.validated = numbers["paper_three_way"], state.step
+        save("best.pt")
+
+
+def _threads(settings: TrainSettings) -> contextlib.AbstractContextManager:
+    # The operations of the small student are so short that a second thread hardly helps. Beside
+    # another busy process, threads that wait for each other even made a step 20 times slower.
+    is_small = settings.model == "narrow" and settings.device == "cpu"
+    return zeroflow.one_thread() if is_small else contextlib.nullcontext()
 
 
 def new_student(settings: TrainSettings) -> tuple[fastflow3d.FastFlow3D, torch.optim.Optimizer]:
@@ -697,7 +756,8 @@ def add_gradients(
             with torch.autocast(device.type, torch.bfloat16, enabled=is_bfloat16):
                 flows, is_in_grid = model(batch.pc0s, batch.pc1s)
             masks = [has & inside for has, inside in zip(batch.has_flow, is_in_grid, strict=True)]
-            loss = zeroflow.distillation_loss(flows, batch.labels, masks, weight, batch.weights)
+            how = (weight, batch.weights, batch.seconds)
+            loss = zeroflow.distillation_loss(flows, batch.labels, masks, *how)
             # The exchange takes the mean over processes, but the loss is a sum over samples.
             (loss * world).backward()
         sums += torch.stack([loss.detach(), *loss.new_tensor([len(batch.pc0s), batch.broken])])
@@ -723,6 +783,7 @@ class State:
     shown: int = 0  # samples
     broken: int = 0  # samples that took the place of unreadable ones
     best: float = math.inf  # lowest paper_three_way of a validation
+    validated: int = 0  # step of the last validation
 
     def count(self, result: StepResult, settings: TrainSettings) -> None:
         """Count a step that was done. Raises DataError if the run must not go on."""
@@ -802,97 +863,27 @@ def any_of(stopped: Sequence[int], device: str) -> bool:
     return bool(summed(torch.tensor(float(len(stopped)), device=device)))
 
 
-@contextlib.contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """A list that SIGTERM and Ctrl-C are added to, to be looked at where it is safe to stop."""
-    # The handler only takes a note: a run that ended anywhere would lose the steps since last.pt.
-    caught: list[int] = []
-    before = {}
-    for number in (signal.SIGTERM, signal.SIGINT):
-        before[number] = signal.signal(number, lambda received, _: caught.append(received))
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+# --- The run's folder: see runs.py ----------------------------------------------------------------
 
 
-# --- The run's folder -----------------------------------------------------------------------------
+def log_step(log: Log, result: StepResult, state: State, seconds: float, progress: tqdm) -> None:
+    """Log a step, and show it in the progress bar."""
+    rate = result.shown / seconds
+    counts = {"step": state.step, "skipped": state.skipped, "broken": state.broken}
+    log.write({**result._asdict(), **counts, "pairs_per_s": rate})
+    progress.update()
+    progress.set_postfix(loss=f"{result.loss:.4f}", weight=result.weight, refresh=False)
 
 
-class Log:
-    """Writes the files of a run's folder; with None for a folder, it writes nothing."""
-
-    def __init__(self, folder: Path | None, step: int, settings: TrainSettings):
-        self.folder, self.file = folder, None
-        if folder is None:
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        for unfinished in folder.glob(".*.tmp"):  # of a process that was killed
-            unfinished.unlink()
-        with data.atomic_file(folder / "settings.json") as file:
-            file.write(json.dumps(dataclasses.asdict(settings), indent=2).encode())
-
-        # Steps since the last checkpoint are done again, so their lines are cut off.
-        lines = [json.dumps(line) + "\n" for line in read_log(folder) if line["step"] <= step]
-        with data.atomic_file(folder / "log.jsonl") as file:
-            file.write("".join(lines).encode())
-        self.file = open(folder / "log.jsonl", "a")
-
-    def write(self, line: dict) -> None:
-        """Add a line to log.jsonl, which can be read while the run goes on."""
-        if self.file is not None:
-            self.file.write(json.dumps(line) + "\n")
-            self.file.flush()
-
-    def write_step(self, result: StepResult, state: State, seconds: float, progress: tqdm) -> None:
-        """Log a step, and show it in the progress bar."""
-        rate = result.shown / seconds
-        counts = {"step": state.step, "skipped": state.skipped, "broken": state.broken}
-        self.write({**result._asdict(), **counts, "pairs_per_s": rate})
-        progress.update()
-        progress.set_postfix(loss=f"{result.loss:.4f}", weight=result.weight, refresh=False)
-
-    def save(self, model, optimizer, state: State, settings: TrainSettings, name: str) -> None:
-        """Write a checkpoint. If the power fails, either the old file or the new one is whole."""
-        if self.folder is None:
-            return
-        checkpoint = {
-            **fastflow3d.checkpoint_of(model),
-            "optimizer": optimizer.state_dict(),
-            "state": dataclasses.asdict(state),
-            "train_settings": dataclasses.asdict(settings),
-        }
-        with data.atomic_file(self.folder / name) as file:
-            torch.save(checkpoint, file)
-
-
-def read_log(folder: Path) -> list[dict]:
-    """The lines of a run's log.jsonl, without the last one if it is torn."""
-    file, lines = folder / "log.jsonl", []
-    for text in file.read_text().splitlines() if file.exists() else ():
-        with contextlib.suppress(ValueError):
-            lines.append(json.loads(text))
-    return lines
+def _save(log: Log, model, optimizer, state: State, settings: TrainSettings, name: str) -> None:
+    whole = fastflow3d.checkpoint_of(model) | {"optimizer": optimizer.state_dict()}
+    parts = {"state": dataclasses.asdict(state), "train_settings": dataclasses.asdict(settings)}
+    log.save(whole | parts, name)
 
 
 def newest_checkpoint(folder: Path) -> dict:
-    """The last.pt of a run. Loads data, never code. Raises DataError if it is missing or torn."""
-    file = folder / "last.pt"
-    if not file.exists():
-        raise DataError(f"--resume: {folder} holds no last.pt; to begin a run, give its --data")
-    try:
-        # With weights_only, a file from elsewhere cannot run code.
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        missing = {"model", "optimizer", "state", "train_settings"} - set(checkpoint)
-        if missing:
-            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-        TrainSettings(**checkpoint["train_settings"])  # of an older version, it may differ
-    except Exception as error:  # a torn file makes torch raise all kinds
-        what = f"is torn, or not the checkpoint of a run ({str(error)[:100]})"
-        remedy = f"to go on from an older one, copy {folder / 'best.pt'} over it"
-        raise DataError(f"{file}: {what}; {remedy}") from error
-    return checkpoint
+    """The last.pt of a run, as `_save` writes it. Raises DataError if it cannot be used."""
+    return runs.newest_checkpoint(folder, {"state": State, "train_settings": TrainSettings})
 
 
 def restore(folder: Path, model, optimizer, state: State, settings: TrainSettings) -> State:
@@ -900,15 +891,28 @@ def restore(folder: Path, model, optimizer, state: State, settings: TrainSetting
 
     Raises DataError if the run has learned from other pairs than the given `state` names.
     """
-    checkpoint = newest_checkpoint(folder)
+    checkpoint, file = newest_checkpoint(folder), folder / "last.pt"
     stored = State(**checkpoint["state"])
+    if checkpoint["notes"]:
+        found = "; ".join(checkpoint["notes"])
+        print(f"{file}: was written by another version: {found}", file=sys.stderr)
 
     # With other pairs, the same step would show something else: it would not be the same run.
     if stored.samples_hash != state.samples_hash:
         what = "its run learns from other pairs than are there now"
         raise DataError(f"{folder}: {what}; restore the data and the labels")
-    model.load_state_dict(checkpoint["model"])
-    optimizer.load_state_dict(checkpoint["optimizer"])
+    try:
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        # torch does not look at these, and would miss them in the first step.
+        for parameter, moments in optimizer.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                if moments[name].shape != parameter.shape or not moments[name].isfinite().all():
+                    raise ValueError(f"the optimizer's {name} does not fit")
+            float(moments["step"])
+    except Exception as error:  # torch raises several kinds
+        what = f"does not fit a {settings.model} student ({error})"
+        raise DataError(runs.unusable(file, what)) from error
 
     # The best error so far cannot be compared with errors on other pairs.
     before = checkpoint["train_settings"]

@@ -31,6 +31,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -66,12 +67,14 @@ def open_folder(
     sweeps_per_log: int | None,
     poses: str | Path | None,
     rate_hz: float,
+    columns: int | None,
+    min_range_m: float | None,
 ) -> WaymoPairs:
     """The reader that `data.open_dataset` calls for a Waymo split; its arguments.
 
     Raises DataError for options that only other data sets have.
     """
-    data.refuse_cloud_options(folder, "Waymo's", poses, rate_hz)
+    data.refuse_cloud_options(folder, "Waymo's", poses, rate_hz, columns, min_range_m)
     if ground not in ("auto", "points"):
         raise data.DataError(f"{folder}: ground {ground} is not for Waymo's folders; choose points")
     return WaymoPairs(folder, true_flow, pairs_per_log, sweeps_per_log)
@@ -84,7 +87,7 @@ class WaymoPairs(data.Pairs):
     Opening a split reads the time stamps of vehicle_pose and nothing else. With `true_flow=False`
     the boxes are not read; the testing split has none. The other arguments are described in
     `data.open_dataset`. A segment whose time stamps cannot be read is skipped, and `skipped` holds
-    the reason.
+    the reason. Raises DataError if the folder lidar/ cannot be read.
     """
 
     def __init__(
@@ -97,17 +100,22 @@ class WaymoPairs(data.Pairs):
         super().__init__()
         self.split = Path(split)
         self.true_flow = true_flow
-        for file in sorted((self.split / "lidar").glob("*.parquet")):
-            # A file that is still being copied has a name that starts with a dot.
-            if file.name.startswith("."):
+        lidar = self.split / "lidar"
+        with data.naming(lidar, "cannot be read", "change its permissions"):
+            names = sorted(os.listdir(lidar))
+        for name in names:
+            # A dot begins the name of a file that is still being copied, or that a Mac has added.
+            if name.startswith(".") or not name.endswith(".parquet"):
                 continue
             try:
-                table = _read_table(self.split / "vehicle_pose" / file.name, [STAMP])
+                with data.naming(lidar / name, "cannot be used", "rename it"):
+                    name.encode()  # it is the id of the log, which labels store as UTF-8
+                    table = _read_table(self.split / "vehicle_pose" / name, [STAMP])
             except data.DataError as error:
                 self.skipped.append(str(error))
                 continue
-            stamps_ns = (table[STAMP].to_numpy() * 1000).tolist()
-            self.add_log(file, file.stem, stamps_ns, pairs_per_log, sweeps_per_log)
+            log_id = name.removesuffix(".parquet")
+            self.add_log(lidar / name, log_id, _stamps_ns(table), pairs_per_log, sweeps_per_log)
 
     def read(self, key: data.PairKey) -> data.SweepPair:
         """Read any two sweeps of a segment.
@@ -122,16 +130,23 @@ class WaymoPairs(data.Pairs):
         world_SE3_ego0 = _world_SE3_vehicle(pose_file, key.timestamp0_ns)
         world_SE3_ego1 = _world_SE3_vehicle(pose_file, key.timestamp1_ns)
         ego1_SE3_ego0 = data.inverse(world_SE3_ego1) @ world_SE3_ego0
+        stamps = f"{key.timestamp0_ns} and {key.timestamp1_ns} ns"
+        with data.naming(pose_file, f"wrong poses of sweeps {stamps}", "download it again"):
+            data.check_ego_motion(ego1_SE3_ego0, key.seconds)
 
         # A sweep without boxes among labeled ones has no objects, so all its points are background.
         truth = {}
         box_file = self.split / "lidar_box" / file_name
-        if self.true_flow and box_file.exists():
-            boxes = _read_boxes(box_file)
-            boxes0 = boxes.get(key.timestamp0_ns, [])
-            boxes1 = boxes.get(key.timestamp1_ns, [])
-            values = data.true_residual_flow(points0, boxes0, boxes1, ego1_SE3_ego0)
-            truth = dict(zip(data.TRUTH_FIELDS, values, strict=True))
+        with data.naming(box_file, "its boxes cannot be used", "download it again"):
+            if self.true_flow and box_file.exists():
+                boxes = _read_boxes(box_file, pose_file)
+                boxes0 = boxes.get(key.timestamp0_ns, [])
+                boxes1 = boxes.get(key.timestamp1_ns, [])
+                values = data.true_residual_flow(points0, boxes0, boxes1, ego1_SE3_ego0)
+                truth = dict(zip(data.TRUTH_FIELDS, values, strict=True))
+                if not boxes0:
+                    found = "sweeps without boxes: all their points count as background"
+                    self.note(f"{box_file}: {found}")
 
         # The cache gives the same sweep to the next pair, so changing a pair in place must not
         # change the cached arrays. Masks are copied here, and points by `make_pair`, which makes
@@ -161,11 +176,12 @@ def _read_sweep(split: Path, file_name: str, timestamp_ns: int) -> tuple[np.ndar
     points = range_image_to_points(
         ranges, pixel_poses, inclinations, vehicle_SE3_lidar, world_SE3_vehicle
     )
-    if not np.isfinite(points).all(axis=1).any():
+    points = data.nan_bad_rows(points)
+    try:
+        data.check_points(points)
+    except ValueError as error:
         micros = timestamp_ns // 1000
-        raise data.DataError(
-            f"{lidar_file}: the sweep has no points at {micros} us; download it again"
-        )
+        raise data.DataError(f"{lidar_file}: {error} at {micros} us; download it again") from error
     return points, clouds.is_ground_without_map(points)
 
 
@@ -247,7 +263,7 @@ class _Images:
         self._row_by_micros = dict(zip(micros.tolist(), rows.tolist(), strict=True))
 
         with _naming(file):
-            self._file = parquet.ParquetFile(file, buffer_size=2**20)
+            self._file = parquet.ParquetFile(_open(file), buffer_size=2**20)
         # The row of the whole file with which each row group starts.
         sizes = []
         for group in range(self._file.num_row_groups):
@@ -272,7 +288,8 @@ class _Images:
 
         # A wrong shape would shift every pixel to another beam and azimuth, so it is checked first.
         count = 0 if values is None else len(values)
-        is_expected = len(shape) == len(expected) and count == np.prod(shape)
+        is_whole = all(isinstance(size, int) for size in shape)
+        is_expected = is_whole and len(shape) == len(expected) and count == np.prod(shape)
         for size, expected_size in zip(shape, expected, strict=False):
             if not isinstance(expected_size, str):
                 is_expected &= size == expected_size
@@ -297,6 +314,8 @@ class _Images:
         self._group = -1
         with _naming(self._path):
             batch = next(itertools.islice(self._batches, row - self._next_row, None))
+            batch.validate(full=True)
+        _check_columns(self._path, batch, f"{self._column}.values")
         self._group = group
         self._next_row = row + 1
         return batch
@@ -326,33 +345,33 @@ def _read_calibration(file: Path, height: int) -> tuple[np.ndarray, np.ndarray]:
             f"{file}: {len(inclinations)} beam inclinations for range images of {height} rows; "
             "download it again"
         )
-    return _pose(file, rows[0][VEHICLE_SE3_LIDAR]), np.array(inclinations)
+    # A null in the list becomes NaN, and its beam gives no points.
+    return _pose(file, rows[0][VEHICLE_SE3_LIDAR]), np.array(inclinations, dtype=np.float64)
 
 
 def _world_SE3_vehicle(file: Path, timestamp_ns: int) -> np.ndarray:
-    return _pose(file, _read_poses(file)[timestamp_ns])
+    return _pose(file, _read_poses(file).get(timestamp_ns))
 
 
 @functools.lru_cache(maxsize=8)
 def _read_poses(file: Path) -> dict[int, list[float]]:
     """Time stamp in ns -> the sixteen numbers of world_SE3_vehicle; float32 or float64 in files."""
     table = _read_table(file, [STAMP, WORLD_SE3_VEHICLE])
-    stamps_ns = [micros * 1000 for micros in table[STAMP].to_pylist()]
-    return dict(zip(stamps_ns, table[WORLD_SE3_VEHICLE].to_pylist(), strict=True))
+    return dict(zip(_stamps_ns(table), table[WORLD_SE3_VEHICLE].to_pylist(), strict=True))
 
 
-def _pose(file: Path, values: list[float]) -> np.ndarray:
+def _stamps_ns(table: pyarrow.Table) -> list[int]:
+    return [micros * 1000 for micros in table[STAMP].to_pylist()]
+
+
+def _pose(file: Path, values: list[float] | None) -> np.ndarray:
     """Sixteen numbers, row by row, as a transform (4, 4) float64."""
-    try:
+    with data.naming(file, "a transform in it is not a pose", "download it again"):
         return clouds.check_pose(np.reshape(np.array(values, dtype=np.float64), (4, 4)))
-    except ValueError as error:
-        raise data.DataError(
-            f"{file}: a transform in it is not a pose ({error}); download it again"
-        ) from error
 
 
 @functools.lru_cache(maxsize=8)
-def _read_boxes(file: Path) -> dict[int, list[data.Box]]:
+def _read_boxes(file: Path, pose_file: Path) -> dict[int, list[data.Box]]:
     """All boxes of a segment by time stamp in ns, in file order, except those without any point."""
     center = [f"{BOX}.box.center.{axis}" for axis in "xyz"]
     size = [f"{BOX}.box.size.{axis}" for axis in "xyz"]
@@ -373,21 +392,15 @@ def _read_boxes(file: Path) -> dict[int, list[data.Box]]:
     vehicle_SE3_boxes = np.tile(np.eye(4), (table.num_rows, 1, 1))
     turns = np.outer(table[heading].to_pylist(), (0, 0, 1))  # (boxes, 3) rotation vectors
     vehicle_SE3_boxes[:, :3, :3] = Rotation.from_rotvec(turns).as_matrix()
-    vehicle_SE3_boxes[:, :3, 3] = data.stack(table, center)
-    sizes = data.stack(table, size)  # (boxes, 3) meters
-    if not (np.isfinite(sizes).all() and np.isfinite(vehicle_SE3_boxes).all()):
-        raise data.DataError(
-            f"{file}: a box has a size or pose that is not a number; download it again"
-        )
+    vehicle_SE3_boxes[:, :3, 3] = data.read_numbers(file, table, center)
+    sizes = data.read_numbers(file, table, size)  # (boxes, 3) meters
 
-    # As with Argoverse 2's own labels, a box that no lidar point lies in does not count.
-    stamps, tracks, counts = (table[name].to_pylist() for name in (STAMP, OBJECT_ID, count))
-    boxes: dict[int, list[data.Box]] = {}
-    for i, micros in enumerate(stamps):
-        if counts[i] >= 1:
-            box = data.Box(tracks[i], category[kinds[i]], sizes[i], vehicle_SE3_boxes[i])
-            boxes.setdefault(micros * 1000, []).append(box)
-    return boxes
+    stamps_ns = _stamps_ns(table)
+    has_sweep = not set(stamps_ns).isdisjoint(_read_poses(pose_file))  # or the unit is wrong
+    counts = data.read_numbers(file, table, [count])[:, 0]
+    numbers = [category[kind] for kind in kinds]
+    columns = (table[OBJECT_ID].to_pylist(), numbers, sizes, vehicle_SE3_boxes)
+    return data.boxes_by_stamp(file, stamps_ns, has_sweep, counts, columns)
 
 
 # --- Parquet --------------------------------------------------------------------------------------
@@ -398,37 +411,48 @@ def _read_table(file: Path, columns: list[str], only: list[str] | None = None) -
 
     Raises DataError naming the file, what is wrong with it, and how to fix it.
     """
-    if not file.exists():
-        raise data.DataError(
-            f"{file}: no such file; download this tag of the segment, or remove the segment"
-        )
-    with _naming(file), parquet.ParquetFile(file) as opened:
-        existing = opened.schema_arrow.names
-        missing = sorted(set(columns) - set(existing))
-        if missing:
+    with _naming(file):
+        if not file.exists():
             raise data.DataError(
-                f"{file}: has no columns {missing} (it has {existing}); is it of Waymo Open v2?"
+                f"{file}: no such file; download this tag of the segment, or remove the segment"
             )
-        table = opened.read(only or columns, use_threads=False)
-    _check_columns(file, table)
+        with _open(file) as source, parquet.ParquetFile(source) as opened:
+            existing = opened.schema_arrow.names
+            wrong = sorted(name for name in set(columns) if existing.count(name) != 1)
+            if wrong:
+                raise data.DataError(
+                    f"{file}: has no columns {wrong}, or has them twice (it has {existing}); is it "
+                    "of Waymo Open v2?"
+                )
+            table = opened.read(only or columns, use_threads=False)
+        table.validate(full=True)  # a wrong offset of a text would crash the process later
+    _check_columns(file, table, f"{INCLINATION}.values")
     return table
 
 
-def _check_columns(file: Path, table: pyarrow.Table) -> None:
-    """Raise DataError if a column has nulls, or values of another type than the release has."""
-    # The short-range lidars do not list their inclinations, so only that column may have nulls.
+def _open(file: Path) -> pyarrow.OSFile:
+    """Open a file of any name. As text, pyarrow takes only UTF-8, and ~ for another folder."""
+    return pyarrow.OSFile(os.fsencode(file))
+
+
+def _check_columns(file: Path, table: pyarrow.Table | pyarrow.RecordBatch, nullable: str) -> None:
+    """Raise DataError if a column has nulls, or values of another type than the release has.
+
+    nullable: the one column that may have nulls.
+    """
+    # The short-range lidars do not list their inclinations; a lost image is reported elsewhere.
     with_nulls = []
-    for name in table.column_names:
-        if table[name].null_count and name != f"{INCLINATION}.values":
+    for name in table.schema.names:
+        if table[name].null_count and name != nullable:
             with_nulls.append(name)
     if with_nulls:
         raise data.DataError(f"{file}: nulls in the columns {with_nulls}; download it again")
 
-    for name in table.column_names:
-        # What do the lists in a column of lists consist of?
+    for name in table.schema.names:
+        # What do the lists in a column of lists consist of? A dictionary has values, too.
         kind = table[name].type
-        while not pyarrow.types.is_primitive(kind) and hasattr(kind, "value_type"):
-            kind = kind.value_type
+        is_list = pyarrow.types.is_nested(kind)
+        kind = getattr(kind, "value_type", kind)
 
         # Stamps and lasers are integers, and object ids may be text. All else is numbers.
         is_expected = pyarrow.types.is_integer(kind)
@@ -436,18 +460,11 @@ def _check_columns(file: Path, table: pyarrow.Table) -> None:
             is_expected |= pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
         if name not in (STAMP, LASER):
             is_expected |= pyarrow.types.is_floating(kind)
-        if not is_expected:
+        if not is_expected or is_list != name.endswith((".values", ".shape", ".transform")):
             raise data.DataError(
                 f"{file}: the column {name} is {table[name].type}; is it of Waymo Open v2?"
             )
 
 
-@contextlib.contextmanager
-def _naming(file: Path) -> Iterator[None]:
-    """Convert what pyarrow raises inside to a DataError that names the file."""
-    try:
-        yield
-    except (pyarrow.ArrowException, OSError, StopIteration) as error:
-        raise data.DataError(
-            f"{file}: not a whole parquet file ({error}); download it again"
-        ) from error
+def _naming(file: Path) -> contextlib.AbstractContextManager:
+    return data.naming(file, "not a whole parquet file", "download it again")

@@ -75,7 +75,7 @@ def distill(
         flows, is_in_grid = model([pair.pc0[is_source]], [pair.pc1[~pair.is_ground1]])
 
         mask = label.has_flow[is_source] & is_in_grid[0]
-        loss = distillation_loss(flows, [label.flow[is_source]], [mask])
+        loss = distillation_loss(flows, [label.flow[is_source]], [mask], seconds=[pair.seconds])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -95,6 +95,7 @@ class Label:
     settings: dict  # the teacher's settings and the grid: `label_settings`
     loss: float  # mean truncated squared distance (m²) from the moved points to sweep 1
     seconds: float  # how long this pair took
+    fingerprint: str  # of what the teacher was given: `SweepPair.fingerprint`
 
 
 def label_settings(settings: nsfp.NSFPSettings, half_extent_m: Grid = GRID) -> dict:
@@ -143,7 +144,7 @@ def make_labels(
             loss = distance_sq.mean().item()
 
         about = label_settings(settings, half_extent_m)
-        labels.append(Label(pair.key, flow, has_flow, about, loss, seconds))
+        labels.append(Label(pair.key, flow, has_flow, about, loss, seconds, pair.fingerprint))
     return labels
 
 
@@ -151,13 +152,16 @@ def check_label(label: Label) -> None:
     """Raise DataError for the flow of a fit that diverged: not finite, or as long as the grid."""
     # The loss cannot tell. Distances beyond the truncation cost nothing, so a fit that has thrown
     # its points far away may even have the lowest loss.
-    longest_m = 2 * max(label.settings["half_extent_m"])
-
-    # Written so that a NaN, for which every comparison is False, is caught as well.
-    if not (label.flow.abs() < longest_m).all():
+    if not is_plausible(label.flow, label.settings["half_extent_m"]):
         raise DataError(
             f"{tuple(label.key)}: the fit diverged; try a smaller learning rate or another seed"
         )
+
+
+def is_plausible(flow: torch.Tensor, half_extent_m: Grid) -> bool:
+    """Is a flow (N, 3) finite, and everywhere shorter than the grid?"""
+    # Written so that a NaN, for which every comparison is False, is not plausible.
+    return bool((flow.abs() < 2 * max(half_extent_m)).all())
 
 
 # --- Step 2: the loss of the student --------------------------------------------------------------
@@ -188,20 +192,23 @@ def distillation_loss(
     masks: Sequence[torch.Tensor],
     weight: str = "formula",
     point_weights: Sequence[torch.Tensor] | None = None,
+    seconds: Sequence[float] | None = None,
 ) -> torch.Tensor:
     """The paper's loss for a batch, a scalar in meters: a sum over samples, a mean over points.
 
     estimates, labels: lists of (N, 3); masks: list of (N,) bool, the rows that count; a sample
     without any contributes 0. weight: see `speed_weight`. point_weights: list of (N,), which are
     multiplied with it. With `weight` "none", and point weights of 0.1 for background and 1 for the
-    rest, this is FastFlow3D's loss.
+    rest, this is FastFlow3D's loss. seconds: between the two sweeps of each sample (None: 0.1).
     """
     total = estimates[0].new_zeros(())
     for i, (estimate, label, mask) in enumerate(zip(estimates, labels, masks, strict=True)):
         error = (estimate[mask] - label[mask]).norm(dim=1)  # (N,) meters
 
-        # Flow is meters per sweep; sweeps come ten times per second.
-        speed_mps = metrics.SWEEPS_PER_S * label[mask].norm(dim=1)
+        # Flow is meters from one sweep to the next. The paper's sweeps come ten times per second;
+        # at another rate, the same flow is another speed.
+        rate_hz = metrics.SWEEPS_PER_S if seconds is None else 1 / seconds[i]
+        speed_mps = rate_hz * label[mask].norm(dim=1)
         weights = speed_weight(speed_mps, weight)
         if point_weights is not None:
             weights = weights * point_weights[i][mask]

@@ -379,6 +379,64 @@ def test_files_that_do_not_fit_a_challenge_are_named(tmp_path, logs):
             evaluated(logs, tmp_path / name)
 
 
+def test_a_zip_of_a_later_version_and_flow_that_is_not_finite_are_named(tmp_path, logs):
+    challenge.write_submission(tmp_path / "good.zip", logs, truth, 2024)
+    later = bytearray((tmp_path / "good.zip").read_bytes())
+    at = 0
+    while (at := later.find(b"PK\x01\x02", at)) >= 0:  # each entry of the directory at the end
+        later[at + 6 : at + 8] = (99).to_bytes(2, "little")  # "version needed to extract"
+        at += 4
+    (tmp_path / "later.zip").write_bytes(later)
+    with pytest.raises(data.DataError, match="later.zip: neither a folder nor a whole zip .*9.9"):
+        challenge.ChallengeFiles(tmp_path / "later.zip")
+
+    key = logs.pair_keys[0]
+    file = tmp_path / "nan" / key.log_id / "0000000000.feather"
+    file.parent.mkdir(parents=True)
+    count = len(logs[0].pc0)
+    columns = {name: np.zeros(count, dtype=np.float16) for name in data.FLOW_COLUMNS}
+    columns["flow_ty_m"][5] = np.nan
+    for is_valid in (True, False):  # rows that are not valid may hold anything
+        feather.write_feather(pyarrow.table({**columns, "is_valid": [is_valid] * count}), file)
+        predictions = challenge.ChallengePredictions(tmp_path / "nan", logs)
+        if not is_valid:
+            assert predictions(logs[0])[0].isfinite().all()
+            continue
+        message = rf"nan: {key.log_id}/0000000000.feather: flow is not finite at 1 points; make"
+        with pytest.raises(data.DataError, match=message):
+            predictions(logs[0])
+
+
+def test_a_mask_with_a_null_or_twice_is_named(tmp_path, logs):
+    key = logs.pair_keys[0]
+    file = tmp_path / "masks" / key.log_id / f"{key.timestamp0_ns}.feather"
+    file.parent.mkdir(parents=True)
+    mask = pyarrow.array([None] + [True] * (len(logs[0].pc0) - 1))
+    for table, message in (
+        (pyarrow.table({"mask": mask}), "its column mask is bool, or has nulls"),
+        (pyarrow.table([mask, mask], ["mask", "mask"]), r"has no columns \['mask'\], or has them"),
+    ):
+        feather.write_feather(table, file)
+        with pytest.raises(data.DataError, match=f"{key.timestamp0_ns}.feather: {message}"):
+            challenge.ChallengeFiles(tmp_path / "masks").mask(logs[0])
+
+
+def test_masks_that_lack_a_scored_pair_are_reported(tmp_path, logs, capsys):
+    keys = list(challenge.challenge_members(logs, 2023).values())
+    write_masks(logs, tmp_path / "all.zip", keys)
+    write_masks(logs, tmp_path / "some.zip", keys[:1])
+    for name in ("all", "some"):
+        masks = challenge.ChallengeFiles(tmp_path / f"{name}.zip")
+        challenge.write_submission(tmp_path / "submission.zip", logs, truth, 2023, masks)
+        lines = [line for line in capsys.readouterr().err.splitlines() if "no mask" in line]
+        if name == "all":
+            assert lines == []
+        else:
+            (line,) = lines
+            assert f"some.zip: has no mask for {len(keys) - 1} pairs that count in 2023" in line
+            assert keys[1].log_id in line or keys[2].log_id in line
+
+
 def test_without_a_ground_raster_2023_has_no_numbers_and_needs_masks(tmp_path, logs, monkeypatch):
     monkeypatch.setattr(challenge, "mask_of", lambda dataset, pair: None)
     mask = functools.partial(challenge.mask_of, logs)

@@ -1,8 +1,11 @@
 """Cloud and pose formats against bytes written by hand; ground without a map against streets."""
 
 import dataclasses
+import os
+import re
 import shutil
 import struct
+from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -14,6 +17,7 @@ from test_data import agreement, rigid, write_log
 
 import clouds
 import data
+import formats
 import synthetic
 
 # --- Formats of clouds and poses ------------------------------------------------------------------
@@ -161,10 +165,10 @@ def test_lzf_by_hand():
         (packed(far) + b"\x41\xff\x00z", far + far[:4] + b"z"),
         (packed(farther) + b"\x31\x02", farther + b"456"),
     ):
-        assert clouds._unpack_lzf(content, len(wanted)) == wanted
+        assert formats._unpack_lzf(content, len(wanted)) == wanted
     for torn in (b"\x05ab", b"\x00a\x20", b"\x00a\x20\x07"):
         with pytest.raises((ValueError, IndexError)):
-            clouds._unpack_lzf(torn, 4)
+            formats._unpack_lzf(torn, 4)
 
 
 def test_files_that_are_not_clouds_are_named(tmp_path):
@@ -207,7 +211,7 @@ def test_files_that_are_not_clouds_are_named(tmp_path):
     (tmp_path / "odd.pcd").write_text(text.replace("ascii", "morse"))
     (tmp_path / "flat.pcd").write_text(text.replace(" z ", " height "))
     for name, message in (
-        ("torn.bin", "20 bytes are not a whole number of rows of four"),
+        ("torn.bin", "its 20 bytes were not recognized as rows of 3 to 9 float32 or float64"),
         ("empty.bin", "has no points"),
         ("flat.npy", r"its shape is \(9,\)"),
         ("two.npy", r"its shape is \(9, 2\)"),
@@ -262,12 +266,12 @@ def test_poses_are_read_and_files_without_a_pose_are_named(tmp_path):
 
 # --- Folders of clouds ----------------------------------------------------------------------------
 
-# world_SE3_sensor of four sweeps: the ego drives 2 m per sweep, then turns left by 90 degrees.
+# world_SE3_sensor of four sweeps: the ego drives 2 m per sweep and turns left by 10 degrees.
 DRIVE = [
     rigid(0, (10, 0, 0)),
-    rigid(90, (12, 0, 0)),
-    rigid(180, (12, 2, 0)),
-    rigid(270, (10, 2, 0)),
+    rigid(10, (12, 0, 0)),
+    rigid(20, (14, 0.3, 0)),
+    rigid(30, (16, 1, 0)),
 ]
 POLE = np.array([20.0, 5.0, 1.0])  # in the world
 
@@ -302,6 +306,7 @@ def assert_the_pole_is_at_rest(pairs, sensors=(0, 1, 2, 3)) -> None:
         assert pair.pc0[1, 2] == 50 + i and pair.pc1[1, 2] == 50 + j
 
 
+COUNTED = "names count the clouds: 10 per second are assumed (--rate-hz)"
 NUMBERED = [f"{i:06d}.npy" for i in range(4)]
 STAMPED = [f"{10**18 + i * 10**8 + 137}.npy" for i in range(4)]
 
@@ -310,7 +315,7 @@ def test_a_folder_of_clouds_with_kittis_poses_is_a_data_set(tmp_path):
     write_clouds(tmp_path / "drive", NUMBERED)
     (tmp_path / "poses.txt").write_text(kitti_rows(DRIVE))  # in the folder above
     pairs = data.open_dataset(tmp_path / "drive")
-    assert pairs.notes == pairs.skipped == []
+    assert pairs.notes == [f"{tmp_path / 'drive'}: {COUNTED}"] and pairs.skipped == []
     assert pairs.pair_keys == [
         (f"{tmp_path.name}-drive", i * 10**8, (i + 1) * 10**8) for i in range(3)
     ]
@@ -343,7 +348,7 @@ def test_kittis_camera_poses_become_lidar_poses(tmp_path):
     (tmp_path / "calib.txt").write_text("P0: 1 2 3\nTr: " + kitti_rows([camera_SE3_lidar]))
     pairs = data.open_dataset(tmp_path / "velodyne")
     assert_the_pole_is_at_rest(pairs)
-    assert len(pairs.notes) == 1 and "calib.txt: by its Tr" in pairs.notes[0]
+    assert len(pairs.notes) == 2 and "calib.txt: by its Tr" in pairs.notes[1]
 
 
 @pytest.mark.parametrize("unit", ["s", "ns"])
@@ -465,7 +470,8 @@ def test_clouds_with_argoverses_poses(tmp_path):
 def test_without_poses_clouds_are_in_one_frame_and_a_note_reports_it(tmp_path):
     write_clouds(tmp_path, NUMBERED[:2])
     pairs = data.open_dataset(tmp_path)
-    (note,) = pairs.notes
+    how, note = pairs.notes
+    assert how == f"{tmp_path}: {COUNTED}"
     assert str(tmp_path) in note and "taken to be in one frame" in note
     np.testing.assert_array_equal(pairs[0].pc1, np.load(tmp_path / NUMBERED[1]).astype(np.float32))
     assert torch.equal(pairs[0].ego1_SE3_ego0, torch.eye(4, dtype=torch.float64))
@@ -474,7 +480,7 @@ def test_without_poses_clouds_are_in_one_frame_and_a_note_reports_it(tmp_path):
 def test_gaps_strange_names_and_repeated_times_are_skipped_and_reported(tmp_path):
     write_clouds(tmp_path, ["000000.npy", "000001.npy", "000003.npy", "000004.npy"])
     shutil.copy(tmp_path / "000000.npy", tmp_path / "map.npy")
-    np.save(tmp_path / "0.npy", np.ones((1, 3)))
+    np.save(tmp_path / "0.npy", np.full((1, 3), 3))
     (tmp_path / "._000002.npy").touch()
     (tmp_path / "notes.txt").touch()
     pairs = data.open_dataset(tmp_path)
@@ -489,7 +495,7 @@ def test_gaps_strange_names_and_repeated_times_are_skipped_and_reported(tmp_path
         and "0.20 s later" in gap
     )
     assert "000000.npy: has the time of 0.npy; remove one" in repeated
-    assert pairs[0].pc0.tolist() == [[1, 1, 1]]  # 0.npy, the first of the two
+    assert pairs[0].pc0.tolist() == [[3, 3, 3]]  # 0.npy, the first of the two
     for name, content in (("000001.npy", b""), ("000004.npy", b"\x93NUMPY")):
         (tmp_path / name).write_bytes(content)
     for pair, name in zip((0, 1), ("000001.npy", "000004.npy"), strict=True):
@@ -539,6 +545,460 @@ def test_pose_files_that_cannot_be_used_are_named(tmp_path):
     file.write_text("\n".join(tum_row(i / 10, pose) for i, pose in enumerate(DRIVE)))
     with pytest.raises(data.DataError, match="mine.txt: has no pose within 1 ms of any cloud"):
         data.open_dataset(tmp_path / "stamped", poses=file)
+
+
+# --- Rows of another width ------------------------------------------------------------------------
+
+
+def spinning_lidar(elevations_deg, azimuths: int = 900) -> np.ndarray:
+    """(N, 3) float32: a lidar 1.8 m above a plane inside a winding wall, laser by laser."""
+    rng, points = np.random.default_rng(0), []
+    for azimuth in np.linspace(-np.pi, np.pi, azimuths, endpoint=False):
+        wall = 30 + 15 * np.sin(3 * azimuth)
+        for elevation in np.radians(elevations_deg):
+            ground = 1.8 / np.sin(-elevation) if elevation < -0.001 else np.inf
+            range_m = min(ground, wall / np.cos(elevation)) + rng.normal(0, 0.02)
+            flat = range_m * np.cos(elevation)
+            points.append(
+                (flat * np.cos(azimuth), flat * np.sin(azimuth), range_m * np.sin(elevation))
+            )
+    return np.array(points, dtype=np.float32)
+
+
+# A Velodyne VLP-16 fires its lasers in this order, low and high in turn.
+FIRING_ORDER = [-15, 1, -13, 3, -11, 5, -9, 7, -7, 9, -5, 11, -3, 13, -1, 15]
+
+
+@pytest.mark.parametrize("dtype", ["<f4", "<f8"])
+@pytest.mark.parametrize("order", ["rings", "firing", "none"])
+def test_the_columns_of_bin_files_are_recognized(tmp_path, dtype, order):
+    points = spinning_lidar(FIRING_ORDER if order == "firing" else sorted(FIRING_ORDER))
+    rng = np.random.default_rng(1)
+    if order == "none":
+        points = rng.permutation(points)
+    points[rng.random(len(points)) < 0.3] = 0  # no returns
+    # What such files hold: intensity, ring, time (ns), reflectivity, ambient light, range (mm).
+    more = [
+        rng.integers(0, 255, len(points)) / 255,
+        np.arange(len(points)) % 16,
+        np.arange(len(points)) * 55_296.0,
+        rng.gamma(2, 10, len(points)),
+        rng.gamma(3, 100, len(points)),
+        np.linalg.norm(points, axis=1) * 1000,
+    ]
+    file = tmp_path / "cloud.bin"
+    for columns in range(3, 10):
+        rows = np.column_stack([points, *more[: columns - 3]]).astype(dtype)
+        rows.tofile(file)
+        for given in (None, columns):
+            np.testing.assert_array_equal(
+                clouds.read_cloud(file, given), points, err_msg=f"{columns} {given}"
+            )
+        # A torn file is not read as rows of another width, whatever its size divides by.
+        for cut in (4, 16, 20):
+            if cut % rows.strides[0]:
+                file.write_bytes(rows.tobytes()[:-cut])
+                with pytest.raises(
+                    data.DataError, match=f"{columns} {rows.dtype.name} numbers|not recog"
+                ):
+                    clouds.read_cloud(file)
+    # float64 numbers with few digits are two plausible float32, of which one is always 0.
+    few_digits = np.column_stack([points, *more[:2]]).round()
+    few_digits[:, 3] = 0  # no intensity
+    for columns in (3, 4, 5):
+        few_digits[:, :columns].astype(np.float64).tofile(file)
+        for given in (None, columns):
+            np.testing.assert_array_equal(clouds.read_cloud(file, given), few_digits[:, :3])
+
+
+def test_bin_files_that_may_be_read_in_many_ways_ask_for_columns(tmp_path):
+    """A ball of points looks alike from all sides: nothing tells x from y."""
+    ball = np.random.default_rng(0).normal(0, 9, (1000, 3)).astype("<f4")
+    for name in ("ball.bin", "ball.pcd.bin"):
+        ball.tofile(tmp_path / name)
+    with pytest.raises(data.DataError, match=r"ball.bin: .*12000 bytes .*with --columns"):
+        clouds.read_cloud(tmp_path / "ball.bin")
+    np.testing.assert_array_equal(clouds.read_cloud(tmp_path / "ball.bin", 3), ball)
+    # nuScenes' suffix decides where nothing else does.
+    found = clouds.read_cloud(tmp_path / "ball.pcd.bin")
+    np.testing.assert_array_equal(found, ball.reshape(-1, 5)[:, :3])
+    for seed in range(30):  # nor does chance, where points are few
+        few = np.random.default_rng(seed).normal(0, 9, (40, 3)).astype("<f4")
+        few.tofile(tmp_path / "few.bin")
+        with pytest.raises(data.DataError, match="few.bin: .*with --columns"):
+            clouds.read_cloud(tmp_path / "few.bin")
+    for columns, message in (
+        (7, "12000 bytes are not a whole number of rows of 7"),
+        (2, "3 or more"),
+    ):
+        with pytest.raises(data.DataError, match=f"ball.bin: .*{message}"):
+            clouds.read_cloud(tmp_path / "ball.bin", columns)
+    (tmp_path / "noise.bin").write_bytes(np.random.default_rng(0).bytes(48_000))
+    with pytest.raises(data.DataError, match="noise.bin: .*with --columns"):
+        clouds.read_cloud(tmp_path / "noise.bin")
+
+
+def test_kittis_real_scans_have_four_columns():
+    if "KITTI_SAMPLE" not in os.environ:
+        pytest.skip("needs real scans: set KITTI_SAMPLE to a folder that holds KITTI's 000000.bin")
+    for file in clouds.list_clouds(Path(os.environ["KITTI_SAMPLE"])):
+        wanted = np.fromfile(file, "<f4").reshape(-1, 4)[:, :3]
+        np.testing.assert_array_equal(clouds.read_cloud(file), wanted)
+
+
+def test_arrays_on_their_side_and_arrays_with_fields_are_read(tmp_path):
+    points = np.random.default_rng(0).normal(0, 20, (50, 3)).astype(np.float32)
+    np.save(tmp_path / "side.npy", points.T)
+    np.save(tmp_path / "homogeneous.npy", np.column_stack([points, np.ones(50)]).T)
+    np.savez(tmp_path / "side.npz", points=points.T)
+    fields = np.zeros((5, 10), [("intensity", "f4"), ("z", "f8"), ("x", "f4"), ("y", ">f4")])
+    for axis, values in zip("xyz", points.T, strict=True):
+        fields[axis] = values.reshape(5, 10)
+    np.save(tmp_path / "fields.npy", fields)
+    np.savez(tmp_path / "fields.npz", fields)
+    for name in ("side.npy", "homogeneous.npy", "side.npz", "fields.npy", "fields.npz"):
+        np.testing.assert_array_equal(clouds.read_cloud(tmp_path / name), points, err_msg=name)
+    np.save(tmp_path / "flat.npy", fields[["x", "y"]])
+    with pytest.raises(data.DataError, match="flat.npy: .*its points have no z"):
+        clouds.read_cloud(tmp_path / "flat.npy")
+    np.save(tmp_path / "long.npy", np.zeros((20, 99)))
+    with pytest.raises(data.DataError, match=r"long.npy: .*\(20, 99\), expected \(N, 3\)"):
+        clouds.read_cloud(tmp_path / "long.npy")
+
+
+def test_a_ply_name_that_occurs_twice_does_not_shift_rows(tmp_path):
+    points = np.random.default_rng(0).normal(0, 20, (30, 3)).astype("<f4")
+    rows = np.column_stack([points[:, :1], points[:, :1], points[:, 1:], points[:, :2]])
+    header = "ply\nformat {} 1.0\nelement vertex 30\n"
+    for name in ("s", "x", "y", "z", "s", "nx"):
+        header += f"property float {name}\n"
+    header += "end_header\n"
+    (tmp_path / "two.ply").write_bytes(
+        header.format("binary_little_endian").encode() + rows.tobytes()
+    )
+    text = "\n".join(" ".join(f"{value:.9g}" for value in row) for row in rows)
+    (tmp_path / "text.ply").write_text(header.format("ascii") + text)
+    for name in ("two.ply", "text.ply"):
+        found = clouds.read_cloud(tmp_path / name).astype(np.float32)
+        np.testing.assert_array_equal(found, points, err_msg=name)
+    (tmp_path / "x.ply").write_text(header.format("ascii").replace(" s", " x") + text)
+    with pytest.raises(data.DataError, match="x.ply: .*field 'x' occurs more than once"):
+        clouds.read_cloud(tmp_path / "x.ply")
+
+
+def test_headers_and_files_that_are_broken_end_in_one_line(tmp_path):
+    """Huge and negative numbers, text that is not UTF-8, broken headers, odd archives."""
+    huge = "9" * 5000
+    write_ply(tmp_path / "whole.ply", np.ones((3, 3)), "ascii")
+    write_pcd(tmp_path / "whole.pcd", np.ones((2, 3), dtype=np.float32), "binary")
+    write_pcd(tmp_path / "packed.pcd", np.ones((2, 3), dtype=np.float32), "binary_compressed")
+    np.save(tmp_path / "whole.npy", np.ones((30, 3)))
+    np.savez(tmp_path / "whole.npz", np.ones((30, 3)))
+    # An archive's directory begins with PK 1 2; its seventh byte is the version it needs.
+    version = re.search(rb"PK\x01\x02...", (tmp_path / "whole.npz").read_bytes(), re.DOTALL)[0]
+    cases = []
+    for source, old, new in (
+        ("whole.ply", b"vertex 3", b"vertex -1"),
+        ("whole.ply", b"vertex 3", b"vertex " + huge.encode()),
+        ("whole.ply", b"vertex 3", b"vertex 3.0"),
+        ("whole.ply", b"vertex 3", "vertex ٣٣".encode()),
+        ("whole.ply", b"property double y", b"property double \xff\xfe"),
+        ("whole.pcd", b"POINTS 2", b"POINTS -1"),
+        ("whole.pcd", b"POINTS 2", b"POINTS " + huge.encode()),
+        ("whole.pcd", b"POINTS 2", b"POINTS"),
+        ("whole.pcd", b"TYPE U F U F F F", b"NONE"),
+        ("whole.pcd", b"COUNT 1 1 3 1 1 2", b"COUNT 1 1 999999999 1 1 2"),
+        ("whole.pcd", b"COUNT 1 1 3 1 1 2", b"COUNT 1 2 3 1 1 2"),
+        ("whole.pcd", b"SIZE 1 4", b"SIZE 1 77"),
+        ("packed.pcd", b"compressed\n", b"compressed\n" + struct.pack("<II", 2**32 - 1, 2**32 - 1)),
+        ("whole.npy", b"'shape': (", b"'shape': (("),
+        ("whole.npy", b"(30, 3)", b"(10**9)"),
+        ("whole.npy", b"30, 3)", b"99999)"),
+        ("whole.npy", b"<f8", b"\xff\xff8"),
+        ("whole.npz", version, version[:6] + b"\xff"),
+    ):
+        content = (tmp_path / source).read_bytes()
+        assert old in content, old
+        cases.append(tmp_path / f"{len(cases)}-{source}")
+        cases[-1].write_bytes(content.replace(old, new, 1))
+    for file in cases:
+        with pytest.raises(data.DataError, match=f"{file.name}: "):
+            pytest.fail(f"{file.name}: {clouds.read_cloud(file)}")
+    write_clouds(tmp_path / "drive", NUMBERED)
+    for content in (b"\xff\xfe\x00", b"1e999 " * 12, b"1" * 6000 + b" 2", b"PK\x03\x04"):
+        (tmp_path / "poses.txt").write_bytes(content)
+        with pytest.raises(data.DataError, match="poses.txt: "):
+            data.open_dataset(tmp_path / "drive")[0]
+        for name in ("pose.txt", "pose.npy"):
+            (tmp_path / name).write_bytes(content)
+            with pytest.raises(data.DataError, match=f"{name}: not a 4 x 4 pose"):
+                clouds.read_pose(tmp_path / name)
+    (tmp_path / "poses.txt").write_text(kitti_rows(DRIVE))
+    (tmp_path / "calib.txt").write_bytes(b"\xff\nTr: " + huge.encode() + b"\n")
+    with pytest.raises(data.DataError, match="calib.txt: its Tr is not a 3 x 4 pose"):
+        data.open_dataset(tmp_path / "drive")
+
+
+# --- No returns and the ego's own body ------------------------------------------------------------
+
+
+def test_no_returns_and_the_egos_own_body_are_nan_and_a_note_counts_them(tmp_path):
+    rng = np.random.default_rng(0)
+    world = rng.uniform((5, -20, -1.7), (30, 20, 2), (5000, 3))
+    body = rng.uniform(-1, 1, (32, 3))
+    cloud = np.vstack([np.zeros((2000, 3)), world, body, np.full((7, 3), np.nan)])
+    for name in NUMBERED[:2]:
+        np.save(tmp_path / name, cloud)
+    pairs = data.open_dataset(tmp_path)
+    assert pairs.notes[-1] == (
+        f"{tmp_path / NUMBERED[0]}: of its 7,039 points 2,007 are no returns (0 0 0, or not "
+        "finite) and 32 are nearer than 2.5 m (--min-range-m); such points are "
+        "ignored in all clouds"
+    )
+    wanted = np.repeat([False, True, False], [2000, 5000, 39])
+    for points in (pairs[0].pc0, pairs[0].pc1):
+        np.testing.assert_array_equal(torch.isfinite(points).all(dim=1), wanted)
+        np.testing.assert_array_equal(points[wanted], world.astype(np.float32))
+    # The limit is the distance in space; with 0 the body stays, and 0 0 0 is no return anyway.
+    near = (world**2).sum(1) < 10**2
+    farther = data.open_dataset(tmp_path, min_range_m=10)
+    assert int(torch.isfinite(farther[0].pc0[:, 0]).sum()) == (~near).sum()
+    assert f" {near.sum() + 32} are nearer than 10 m" in farther.notes[-1].replace(",", "")
+    assert (
+        int(torch.isfinite(data.open_dataset(tmp_path, min_range_m=0)[0].pc0[:, 0]).sum()) == 5032
+    )
+    with pytest.raises(data.DataError, match=f"{NUMBERED[0]}: none of its points is 99 m away"):
+        data.open_dataset(tmp_path, min_range_m=99)[0]
+    for wrong in (-1, np.nan):
+        with pytest.raises(data.DataError, match=f"min_range_m {wrong}: give meters"):
+            data.open_dataset(tmp_path, min_range_m=wrong)
+    # A pair of one's own clouds has the same rule, but no body.
+    pair = clouds.pair_of_clouds(cloud, cloud)
+    assert int(torch.isfinite(pair.pc0[:, 0]).sum()) == 5032
+
+
+# --- Poses that are wrong -------------------------------------------------------------------------
+
+
+CAMERA_SE3_LIDAR = np.array([[0, -1, 0, 0.1], [0, 0, -1, -0.2], [1, 0, 0, -0.3], [0, 0, 0, 1]])
+
+
+def kitti_dataset(root, tr: str | None, tum: bool = False):
+    """KITTI's own folders: poses apart from the clouds, and Tr beside these. Gives both."""
+    drive = root / "sequences" / "00"
+    write_clouds(drive / "velodyne", NUMBERED)
+    first = CAMERA_SE3_LIDAR @ np.linalg.inv(DRIVE[0])
+    cameras = [first @ pose @ np.linalg.inv(CAMERA_SE3_LIDAR) for pose in DRIVE]
+    (root / "poses").mkdir()
+    tum_rows = "\n".join(tum_row(i / 10, pose) for i, pose in enumerate(cameras))
+    (root / "poses" / "00.txt").write_text(tum_rows if tum else kitti_rows(cameras))
+    if tr is not None:
+        values = kitti_rows([CAMERA_SE3_LIDAR])
+        content = f"P0: 1 2 3\nTr_imu_to_velo: 7\n{tr} {values}Track: caf\xe9\n"
+        (drive / "calib.txt").write_bytes(content.encode("latin-1"))  # not UTF-8
+    return drive / "velodyne", root / "poses" / "00.txt"
+
+
+@pytest.mark.parametrize("tum", [False, True])
+@pytest.mark.parametrize("tr", ["Tr:", "Tr_velo_to_cam:", "Tr_velo_cam", "TR :", "tr_VELO_TO_CAM="])
+def test_kittis_calibration_is_found_beside_the_clouds_and_in_any_spelling(tmp_path, tr, tum):
+    folder, poses = kitti_dataset(tmp_path, tr, tum)
+    pairs = data.open_dataset(folder, poses=poses)
+    assert_the_pole_is_at_rest(pairs)
+    assert f"{folder.parent / 'calib.txt'}: by its Tr, KITTI's camera poses" in pairs.notes[1]
+
+
+def test_camera_poses_without_a_calibration_are_refused(tmp_path):
+    folder, poses = kitti_dataset(tmp_path, None)
+    with pytest.raises(data.DataError, match="00.txt: its poses move along z, as a camera's do"):
+        data.open_dataset(folder, poses=poses)
+    # The lidar's own poses need no calibration, and must not be changed by one that is there.
+    poses.write_text(kitti_rows(DRIVE))
+    assert_the_pole_is_at_rest(data.open_dataset(folder, poses=poses))
+    (folder.parent / "calib.txt").write_text("Tr: " + kitti_rows([CAMERA_SE3_LIDAR]))
+    pairs = data.open_dataset(folder, poses=poses)
+    assert_the_pole_is_at_rest(pairs)
+    assert "calib.txt: its Tr was not needed" in pairs.notes[1]
+    # An ego at rest, or one with a torn pose, is no camera.
+    (folder.parent / "calib.txt").unlink()
+    poses.write_text(kitti_rows([DRIVE[0]] * 4))
+    assert len(data.open_dataset(folder, poses=poses)) == 3
+    torn = DRIVE[3].copy()
+    torn[2, 3] = 1e6
+    poses.write_text(kitti_rows([*DRIVE[:3], torn]))
+    assert len(data.open_dataset(folder, poses=poses)) == 3
+
+
+def test_poses_that_no_vehicle_can_have_cost_their_pair(tmp_path):
+    write_clouds(tmp_path, NUMBERED)
+    jump = DRIVE[3].copy()
+    jump[0, 3] += 10
+    (tmp_path / "poses.txt").write_text(kitti_rows([*DRIVE[:3], jump]))
+    pairs = data.open_dataset(tmp_path)
+    assert len(pairs[0].pc0) == len(pairs[1].pc0) == 2
+    with pytest.raises(
+        data.DataError, match="poses.txt: wrong poses of 000002.npy and 000003.npy, 0.1 s apart"
+    ):
+        pairs[2]
+    assert len(data.open_dataset(tmp_path, rate_hz=2)[2].pc0) == 2  # 12 m in half a second
+    (tmp_path / "poses.txt").write_text(kitti_rows(DRIVE))
+    with pytest.raises(data.DataError, match="0.01 s apart"):  # 2 m in 10 ms
+        data.open_dataset(tmp_path, rate_hz=100)[0]
+
+
+# --- Names ----------------------------------------------------------------------------------------
+
+
+# Two or three names, when these clouds were taken (s), and what the note says.
+NAMES = """
+x-2018-07-24-11-22-45__1532402927647951.pcd x-2018-07-24-11-22-45__1532402927697951.pcd
+    1532402927.647951 1532402927.697951 are times: microseconds since 1970
+c_1583836591_582553088 c_1583836591_682529024 c_1583836599_082553088
+    1583836591.582553088 1583836591.682529024 1583836599.082553088 are times: nanoseconds since 1970
+bag_1532402900-lidar_1532402929.6 bag_1532402900-lidar_1532402929.7
+    1532402929.6 1532402929.7 are times: milliseconds since 1970
+c-1583836591-982553088 c-1583836592-82553088
+    1583836591.982553088 1583836592.082553088 are times: nanoseconds since 1970
+2021-10-26-16-21-29-468 2021-10-26-16-21-29-568
+    1635265289.468 1635265289.568 are times: date and time of day, to milliseconds
+2021-10-26T16:21:29.9Z 2021-10-26T16:21:30.05Z
+    1635265289.9 1635265290.05 are times: date and time of day, to milliseconds
+20211026162129 20211027162129
+    1635265289 1635351689 are times: date and time of day, to seconds
+20211026_162129_468123 20211026_162129_568123
+    1635265289.468123 1635265289.568123 are times: date and time of day, to microseconds
+478932100 478932199 478932301
+    478932.1 478932.199 478932.301 are times: milliseconds since an unknown moment
+315966265360040000 315966265459836000
+    315966265.36004 315966265.459836 are times: nanoseconds since an unknown moment
+12.5 12.62
+    12.5 12.62 are times: seconds since an unknown moment
+frame_07 frame_08 frame_10
+    0.7 0.8 1.0 count the clouds: 10 per second are assumed (--rate-hz)
+1583836591_000001 1583836591_000002
+    0.1 0.2 count the clouds: 10 per second are assumed (--rate-hz)
+2021_10_26_drive_0001_sync_3 2021_10_26_drive_0001_sync_4
+    0.3 0.4 count the clouds: 10 per second are assumed (--rate-hz)
+1_2 2_3
+    0 0.1 give only the order of the clouds: 10 per second are assumed (--rate-hz)
+a b
+    0 0.1 give only the order of the clouds: 10 per second are assumed (--rate-hz)
+99999999999999999999998 99999999999999999999999
+    0 0.1 give only the order of the clouds: 10 per second are assumed (--rate-hz)
+"""
+
+
+@pytest.mark.parametrize("case", re.findall(r"^\S.*\n .*", NAMES, re.MULTILINE))
+def test_times_are_found_inside_names_and_a_note_reports_how(tmp_path, case):
+    names, wanted = (line.split() for line in case.split("\n"))
+    times_s = [float(word) for word in wanted[: len(names)]]
+    how = " ".join(wanted[len(names) :])
+    for name in names:
+        np.save(tmp_path / f"{name}.npy", np.full((1, 3), 5))
+    pairs = clouds.CloudPairs(tmp_path)
+    assert pairs.notes[0] == f"{tmp_path}: names {how}"
+    np.testing.assert_allclose(np.array([*pairs.stamps.values()][0]) / 1e9, times_s, 0, 1e-6)
+    # Gaps count: clouds 7 s or a day apart are not consecutive.
+    gaps = np.diff(times_s)
+    assert len(pairs) == (gaps <= 0.15).sum() and len(pairs.skipped) == (gaps > 0.15).sum()
+
+
+def test_times_of_nanoseconds_are_exact(tmp_path):
+    for name in ("c_1583836591_582553088", "c_1583836591_582553089", "c_1583836591_682553089"):
+        np.save(tmp_path / f"{name}.npy", np.full((1, 3), 5))
+    (stamps,) = clouds.CloudPairs(tmp_path).stamps.values()
+    assert stamps == [1583836591582553088, 1583836591582553089, 1583836591682553089]
+
+
+def test_two_drives_whose_folders_have_the_same_names_are_two_logs(tmp_path):
+    """KITTI's raw drives all end in velodyne_points/data; poses.txt is in the drive's folder."""
+    ids = []
+    for drive in ("2011_09_26_drive_0001_sync", "2011_09_26_drive_0002_sync"):
+        folder = tmp_path / drive / "velodyne_points" / "data"
+        write_clouds(folder, NUMBERED)
+        (tmp_path / drive / "poses.txt").write_text(kitti_rows(DRIVE))
+        pairs = data.open_dataset(folder)
+        assert_the_pole_is_at_rest(pairs)
+        ids.append(pairs.pair_keys[0].log_id)
+        assert ids[-1] == f"{drive}-velodyne_points-data"
+    write_clouds(tmp_path / "scene-0001" / "LIDAR_TOP" / "points", NUMBERED)
+    pairs = data.open_dataset(tmp_path / "scene-0001" / "LIDAR_TOP" / "points")
+    assert pairs.pair_keys[0].log_id == "scene-0001-LIDAR_TOP-points"
+
+
+# --- Folders as people have them ------------------------------------------------------------------
+
+
+def write_sweep(file, points) -> None:
+    """As Argoverse 2 stores it. (pyarrow does not open a file whose name is not UTF-8.)"""
+    with open(file, "wb") as opened:
+        feather.write_feather(pyarrow.table(dict(zip("xyz", points.T, strict=False))), opened)
+
+
+def test_suffixes_in_capitals_files_of_macs_and_names_that_are_not_utf8(tmp_path, monkeypatch):
+    points = np.random.default_rng(0).normal(0, 20, (50, 3)).astype(np.float32)
+    points[:, 2] = 1
+    write_ply(tmp_path / "000000.PLY", points[:3], "binary_little_endian")
+    write_pcd(tmp_path / "000001.PCD", points, "binary")
+    np.column_stack([points, np.arange(50)]).astype("<f4").tofile(tmp_path / "000002.BIN")
+    np.save(tmp_path / "000003.npy", points)
+    os.rename(tmp_path / "000003.npy", tmp_path / "000003.NPY")
+    for name in ("._000004.bin", "._poses.txt", ".DS_Store"):
+        (tmp_path / name).write_bytes(b"\0\5\26\7")
+    (tmp_path / "000005.bin").mkdir()
+    pairs = data.open_dataset(tmp_path)
+    assert len(pairs) == 3 and not pairs.skipped
+    np.testing.assert_array_equal(pairs[1].pc0, points)
+    np.testing.assert_array_equal(pairs[1].pc1, points)
+    np.testing.assert_array_equal(pairs[2].pc1, points)
+
+    # Linux allows any bytes in a name, and ~ is a name like others.
+    odd = tmp_path / os.fsdecode(b"caf\xe9") / "~"
+    stamps = (10**18, 10**18 + 10**8)
+    for name in (b"w\xe9 1.npy", b"w\xe9 2.npy"):
+        odd.mkdir(parents=True, exist_ok=True)
+        np.save(odd / os.fsdecode(name), points)
+    named = data.open_dataset(odd)
+    assert named.pair_keys[0].log_id == "caf\\udce9-~"
+    np.testing.assert_array_equal(named[0].pc0, points)
+    monkeypatch.chdir(odd.parent)
+    assert data.open_dataset("~").pair_keys == named.pair_keys
+    shutil.rmtree("~")
+
+    # Sweeps as Argoverse 2 stores them, in a folder that is no log, beside a table that is none.
+    os.mkdir("~")
+    for stamp in stamps:
+        write_sweep(odd / f"{stamp}.feather", points)
+    write_sweep(odd / "annotations.feather", points)
+    sweeps = data.open_dataset("~")
+    assert sweeps.pair_keys == [("caf\\udce9-~", *stamps)]
+    np.testing.assert_array_equal(sweeps[0].pc1, points)
+    write_sweep(odd / f"{stamps[1]}.feather", points[:, :2])
+    with pytest.raises(data.DataError, match=f"{stamps[1]}.feather: has no columns .'z'"):
+        data.open_dataset("~")[0]
+
+
+def test_a_file_given_for_a_folder_and_folders_that_cannot_be_read(tmp_path, monkeypatch):
+    write_clouds(tmp_path / "root" / "set" / "train" / "drive", NUMBERED)
+    file = tmp_path / "root" / "set" / "train" / "drive" / NUMBERED[0]
+    for open_it in (clouds.CloudPairs, clouds.list_clouds):
+        with pytest.raises(data.DataError, match=f"{NUMBERED[0]}: not a folder that can be read"):
+            open_it(file)
+    (tmp_path / "root" / "lost+found" / "below").mkdir(parents=True)
+    (tmp_path / "root" / "set" / "mine").mkdir()
+    scan = os.scandir
+
+    def scan_as_a_user(folder):
+        if os.path.basename(folder) in ("lost+found", "mine"):
+            raise PermissionError(13, "Permission denied", str(folder))
+        return scan(folder)
+
+    monkeypatch.setattr(os, "scandir", scan_as_a_user)
+    for levels_too_high, names in (("root/set/train", "drive"), ("root", "set/train/drive")):
+        with pytest.raises(data.DataError, match=f"holds the splits {names}; choose one, as in"):
+            data.open_dataset(tmp_path / levels_too_high)
+    with pytest.raises(data.DataError, match="mine: .*Permission denied"):
+        data.open_dataset(tmp_path / "root" / "set" / "mine")
 
 
 # --- Ground without a map -------------------------------------------------------------------------

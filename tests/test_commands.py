@@ -395,12 +395,13 @@ def test_check_counts_names_what_is_broken_and_says_whether_it_can_be_used(
         status = commands.main([*command, *options])
         return status, capsys.readouterr().out, json.loads(numbers.read_text())
 
-    status, printed, found = check(street_folder, "--model", "narrow")
+    assert "labels by fast" not in check(street_folder)[1]  # it takes long, so it must be asked for
+    status, printed, found = check(street_folder, "--model", "narrow", "--cost")
     assert status == 0 and printed.endswith("can be used\n") and found["is_usable"]
     assert "Argoverse2, 2 logs, 4 pairs" in printed and found["kind"] == "Argoverse2"
     assert (found["pairs_read"], found["broken"], found["pairs_with_true_flow"]) == (4, [], 4)
-    assert "labels by fast: 2.00 s per pair here, 0.00222 hours" in printed
-    assert "training narrow: 3.00 s per pair here, 0.00333 hours per epoch" in printed
+    assert "labels by fast: 2.00 s per pair here, 8 seconds" in printed
+    assert "training narrow: 3.00 s per pair here, 12 seconds per epoch" in printed
     sizes = [len(pair.pc0) for pair in street]
     assert (found["points_least"], found["points_most"]) == (min(sizes), max(sizes))
     share = np.mean([(~pair.is_ground0).float().mean().item() for pair in street])
@@ -420,6 +421,17 @@ def test_check_counts_names_what_is_broken_and_says_whether_it_can_be_used(
     last = sorted(broken_folder.glob("*/sensors/lidar/*.feather"))[-1]
     last.rename(last.with_stem(str(int(last.stem) + 10**8)))  # a gap
     assert "the next sweep is 0.20 s later" in check(broken_folder)[2]["skipped"][0]
+
+
+def test_check_refuses_clouds_outside_every_grid(tmp_path, capsys):
+    """UTM coordinates: nothing is in the grid, so nothing could be learned."""
+    folder = tmp_path / "drive" / "clouds"
+    folder.mkdir(parents=True)
+    points = np.random.default_rng(0).uniform(-20, 20, (500, 3)) + (500_000, 4_000_000, 100)
+    for i in range(3):
+        np.save(folder / f"{i:06d}.npy", points)
+    assert commands.main(["check", "--data", str(folder), "--ground", "none"]) == 1
+    assert "cannot be used: no point is in the student's grid" in capsys.readouterr().out
 
 
 def test_status_counts_labels_and_compares_them_with_their_sweeps(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import sys
 import tracemalloc
@@ -17,6 +18,7 @@ import challenge
 import clouds
 import data
 import synthetic
+import vectormap
 
 
 def rigid(yaw_deg: float, translation) -> np.ndarray:
@@ -252,7 +254,7 @@ def test_ground_rule_by_hand():
 def test_height_from_lines_of_a_map_by_hand():
     """A line along x with a slope of 1 and a vertex every meter: distances by Pythagoras."""
     lines = [np.array([[0.0, 0, 0], [2.5, 0, 2.5], [3, 0, 3]]), np.array([[900.0, 900, -50]])]
-    ground = data.GroundVectorMap(lines)
+    ground = vectormap.GroundVectorMap(lines)
     along = [0, 2.5 / 3, 5 / 3, 2.5, 3]  # 2.5 m are three parts
     for x, y, nearest in (
         (1.25, 0.25, along[:4]),
@@ -353,7 +355,7 @@ def test_the_lower_border_is_inside_the_grid_and_nan_is_not():
 
 
 def test_the_input_masks_are_the_points_off_the_ground_in_the_grid_that_is_asked_for():
-    points = torch.tensor([[0.0, 0, 0], [30, 0, 0], [0, -60, 0], [1, 1, 1]])
+    points = torch.tensor([[0.0, 0, 1], [30, 0, 0], [0, -60, 0], [1, 1, 1]])
     pair = clouds.pair_of_clouds(points, points[:2], None, torch.tensor([False] * 3 + [True]))
     is_input0, is_input1 = data.input_masks(pair)
     assert is_input0.tolist() == [True, True, False, False] and is_input1.tolist() == [True, True]
@@ -792,6 +794,574 @@ def test_memory_does_not_grow_with_the_pairs_visited(street_folder, street, tmp_
         tracemalloc.stop()
     assert len(pairs) == 40 and data._read_log.cache_info().currsize <= 8
     assert twice - once < 100_000
+
+
+# --- Wrong poses ----------------------------------------------------------------------------------
+
+
+def _poses(change):
+    """Rewrite the translations (rows, 3) of a pose file by a function."""
+
+    def break_it(file):
+        table = feather.read_table(file, memory_map=False)
+        moved = change(data.stack(table, ("tx_m", "ty_m", "tz_m")).copy())
+        for name, values in zip(("tx_m", "ty_m", "tz_m"), moved.T, strict=True):
+            column = table.column_names.index(name)
+            table = table.set_column(column, name, pyarrow.array(values))
+        feather.write_feather(table, file)
+
+    return break_it
+
+
+def _jump(translations):
+    translations[1] += (0, 10, 0)  # only the second sweep's pose is wrong
+    return translations
+
+
+@pytest.mark.parametrize(
+    ("change", "speed"), [(_jump, r"\d{3}"), (lambda meters: 1e3 * meters, r"\d{4,5}")]
+)
+def test_poses_that_no_vehicle_can_follow_are_refused(
+    street_folder, street, tmp_path, change, speed
+):
+    """A jump of 10 m in one sweep is 100 m/s; meters taken for millimeters are thousands."""
+    log = tmp_path / "log"
+    shutil.copytree(street_folder / street.pair_keys[0].log_id, log)
+    _poses(change)(log / "city_SE3_egovehicle.feather")
+    for key in street.pair_keys[:2]:  # the wrong pose is of both pairs
+        stamps = f"{key.timestamp0_ns} and {key.timestamp1_ns}"
+        message = rf"city_SE3_egovehicle.feather: .* {stamps} \({speed} m/s .* at most 60 m/s"
+        with pytest.raises(data.DataError, match=message):
+            data.open_dataset(log).read(data.PairKey("log", *key[1:]))
+
+
+def test_the_bounds_of_an_egos_motion_by_hand():
+    for yaw_deg, meters, seconds, message in (
+        (11.9, 5.9, 0.1, ""),
+        (
+            0.0,
+            6.1,
+            0.1,
+            r"^61 m/s and 0 degrees/s; a vehicle does at most 60 m/s and 120 degrees/s",
+        ),
+        (12.1, 0.0, 0.1, "^0 m/s and 121 degrees/s"),
+        (12.1, 6.1, 0.2, ""),
+        (0.0, 0.0, 0.0, ""),  # one moment, one pose
+        (0.0, 0.1, 0.0, "m/s"),
+        (0.0, float("nan"), 0.1, "^nan m/s"),
+    ):
+        ego1_SE3_ego0 = rigid(yaw_deg, (0, meters, 0))
+        if not message:
+            data.check_ego_motion(ego1_SE3_ego0, seconds)
+            continue
+        with pytest.raises(ValueError, match=message):
+            data.check_ego_motion(ego1_SE3_ego0, seconds)
+
+
+# --- Truth that disappears, or is invented --------------------------------------------------------
+
+
+def _micros(file):
+    table = feather.read_table(file, memory_map=False)
+    micros = pyarrow.array([stamp // 1000 for stamp in table["timestamp_ns"].to_pylist()])
+    feather.write_feather(table.set_column(0, "timestamp_ns", micros), file)
+
+
+def _other_stamps(file):
+    table = feather.read_table(file, memory_map=False)
+    later = pyarrow.array([stamp + 1 for stamp in table["timestamp_ns"].to_pylist()])
+    feather.write_feather(table.set_column(0, "timestamp_ns", later), file)
+
+
+def _one_null(name):
+    def break_it(file):
+        rows = feather.read_table(file, memory_map=False).to_pylist()
+        max(rows, key=lambda row: row["num_interior_pts"])[name] = None
+        feather.write_feather(pyarrow.Table.from_pylist(rows), file)
+
+    return break_it
+
+
+def _tracks(change):
+    def break_it(file):
+        table = feather.read_table(file, memory_map=False)
+        tracks = pyarrow.array([change(track) for track in table["track_uuid"].to_pylist()])
+        column = table.column_names.index("track_uuid")
+        feather.write_feather(table.set_column(column, "track_uuid", tracks), file)
+
+    return break_it
+
+
+def _far_box(file):
+    """The first box of the second sweep is 40 m farther than it was 0.1 s before."""
+    rows = feather.read_table(file, memory_map=False).to_pylist()
+    stamps = sorted({row["timestamp_ns"] for row in rows})
+    before = {row["track_uuid"] for row in rows if row["timestamp_ns"] == stamps[0]}
+    before &= {row["track_uuid"] for row in rows if row["num_interior_pts"] > 0}
+    seen = [row for row in rows if row["track_uuid"] in before]
+    row = max(seen, key=lambda row: row["num_interior_pts"] * (row["timestamp_ns"] == stamps[1]))
+    row["tx_m"] += 40
+    feather.write_feather(pyarrow.Table.from_pylist(rows), file)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (_column("num_interior_pts", 0), "no box contains a point, as if nothing moved"),
+        (_column("num_interior_pts", None), "the number of points in a box is missing"),
+        (_one_null("num_interior_pts"), "the number of points in a box is missing"),
+        (_micros, r"no time stamp \(in ns\) equals a sweep's"),
+        (_other_stamps, r"no time stamp \(in ns\) equals a sweep's"),
+        (_column("track_uuid", None), "a track id is missing, or twice in one sweep"),
+        (_one_null("track_uuid"), "a track id is missing, or twice in one sweep"),
+        (_tracks(lambda track: ""), "a track id is missing, or twice in one sweep"),
+        (_tracks(lambda track: "car"), "a track id is missing, or twice in one sweep"),
+        (_column("length_m", 0.0), "a box has a size or pose that is not a number, or a size of 0"),
+        (_column("height_m", -1.5), "a box has a size or pose that is not a number, or a size"),
+    ],
+)
+def test_annotations_from_which_motion_would_be_lost_or_invented_are_refused(
+    street_folder, street, tmp_path, break_it, message
+):
+    log = tmp_path / "log"
+    shutil.copytree(street_folder / street.pair_keys[0].log_id, log)
+    break_it(log / "annotations.feather")
+    with pytest.raises(data.DataError, match=f"log/annotations.feather: {message}.*; download"):
+        data.open_dataset(log)[0]
+    assert data.open_dataset(log, true_flow=False)[0].flow is None  # they are not needed then
+
+
+def test_a_box_that_leaps_is_not_a_moving_object(street_folder, street, tmp_path):
+    log = tmp_path / "log"
+    shutil.copytree(street_folder / street.pair_keys[0].log_id, log)
+    _far_box(log / "annotations.feather")
+    with pytest.raises(data.DataError, match=r"^log: its boxes move at \d{3} m/s between \d+ and"):
+        data.open_dataset(log)[0]
+
+
+def test_a_sweep_without_boxes_among_others_is_reported(street_folder, street, tmp_path):
+    log, key = tmp_path / "log", street.pair_keys[1]
+    shutil.copytree(street_folder / key.log_id, log)
+    table = feather.read_table(log / "annotations.feather", memory_map=False)
+    is_other = np.array([stamp != key.timestamp0_ns for stamp in table["timestamp_ns"].to_pylist()])
+    feather.write_feather(table.filter(pyarrow.array(is_other)), log / "annotations.feather")
+    pairs = data.open_dataset(log)
+    assert pairs[0].flow.abs().sum() == 0 and not pairs[0].is_valid.all()  # no box in sweep 1
+    assert pairs.notes == [] and pairs[1].is_valid.all()
+    assert pairs.notes == [f"{log}: sweeps without boxes: all their points count as background"]
+
+
+def test_an_empty_annotation_file_is_reported_once(street_folder, street, tmp_path, capsys):
+    log = tmp_path / "log"
+    shutil.copytree(street_folder / street.pair_keys[0].log_id, log)
+    _empty(log / "annotations.feather")
+    pairs = data.open_dataset(log)
+    assert pairs.notes == []
+    for index in (0, 1, 0):
+        pairs[index]
+    assert pairs.notes == [f"{log}: sweeps without boxes: all their points count as background"]
+    assert capsys.readouterr().err.splitlines() == pairs.notes
+
+
+def test_a_real_log_and_a_street_have_nothing_to_report(av2_folder, street):
+    for pairs in (data.open_dataset(av2_folder), street):
+        pairs[0]
+        assert pairs.notes == pairs.skipped == []
+
+
+def _sim2(**values):
+    def break_it(file):
+        file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+    return break_it
+
+
+def _no_height(file):
+    np.save(file, np.full_like(np.load(file), np.nan))
+
+
+def _raster_header(file):
+    file.write_bytes(file.read_bytes().replace(b"'shape': (", b"'shape': (("))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "break_it", "message"),
+    [
+        ("*.npy", _no_height, "no pixel has a height"),
+        ("*.npy", lambda file: np.save(file, np.zeros((0, 0))), "no pixel has a height"),
+        ("*.npy", _raster_header, "EOF in multi-line statement"),
+        ("*.npy", lambda file: file.write_bytes(b"\x93NUMPY\x01\x00"), ""),
+        ("*.npy", lambda file: file.write_text("not an array"), ""),
+        ("*_city.json", _sim2(s=0), "its Sim2 is not finite, or its R or s is wrong.*'s': 0"),
+        ("*_city.json", _sim2(s=-3.3), "wrong.*'s': -3.3"),
+        ("*_city.json", _sim2(R=[0, 0, 0, 0]), r"'R': \[0, 0, 0, 0\]"),
+        ("*_city.json", _sim2(R=[2, 0, 0, 2]), "wrong"),
+        ("*_city.json", _sim2(s=10**400), "int too large to convert to float"),
+        ("*_city.json", _sim2(t="far"), ""),
+        ("*_city.json", lambda file: file.write_bytes("{'é'}".encode("latin-1")), ""),
+        ("*_city.json", lambda file: file.write_text("[" * 10**5), ""),
+        ("*_city.json", lambda file: file.write_text('{"s": ' + "9" * 5000 + "}"), ""),
+    ],
+)
+def test_a_raster_that_would_find_no_ground_is_refused(
+    street_folder, street, tmp_path, pattern, break_it, message
+):
+    log = tmp_path / "log"
+    shutil.copytree(street_folder / street.pair_keys[0].log_id, log)
+    break_it(next((log / "map").glob(pattern)))
+    with pytest.raises(
+        data.DataError, match=f"log/map: the ground raster cannot be read .*{message}.*; download"
+    ):
+        data.open_dataset(log)[0]
+
+
+def test_a_map_of_another_place_is_reported(street_folder, street, tmp_path, capsys):
+    log = tmp_path / "log"
+    shutil.copytree(street_folder / street.pair_keys[0].log_id, log)
+    _sim2(t=[9e6, 9e6])(next((log / "map").glob("*_city.json")))
+    pairs = data.open_dataset(log)
+    assert not pairs[0].is_ground0.any()
+    (note,) = pairs.notes
+    assert note.endswith("all or no points of a sweep are ground: is it the right map?")
+    assert capsys.readouterr().err == note + "\n"
+
+
+# --- No file ends a run ---------------------------------------------------------------------------
+
+
+def _rewrite(change):
+    """Rewrite a Feather file without compression, its table changed by a function."""
+
+    def break_it(file):
+        table = feather.read_table(file, memory_map=False)
+        feather.write_feather(change(table), file, compression="uncompressed")
+
+    return break_it
+
+
+def _retyped(name, make):
+    def change(table):
+        column = pyarrow.array([make(value) for value in table[name].to_pylist()])
+        return table.set_column(table.column_names.index(name), name, column)
+
+    return _rewrite(change)
+
+
+def _wrong_offset(file):
+    """The second text of the column of tracks begins 1 GB farther than the file ends."""
+    _rewrite(lambda table: table)(file)
+    tracks = feather.read_table(file, memory_map=False)["track_uuid"].to_pylist()
+    content = bytearray(file.read_bytes())
+    offsets = np.cumsum([0, len(tracks[0]), len(tracks[1])]).astype("<i4").tobytes()
+    second = content.find(offsets) + 4
+    content[second : second + 4] = np.array(2**30, "<i4").tobytes()
+    file.write_bytes(content)
+
+
+POSE_FILE, BOX_FILE = "city_SE3_egovehicle.feather", "annotations.feather"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "break_it", "message"),
+    [
+        (BOX_FILE, _wrong_offset, r"annotations.feather: not a whole Feather file \("),
+        (BOX_FILE, _retyped("track_uuid", lambda track: [track]), "log: the log cannot be read"),
+        (BOX_FILE, _retyped("category", lambda name: [name]), "log: the log cannot be read"),
+        (BOX_FILE, _retyped("length_m", lambda meters: [meters]), "expected numbers in"),
+        (BOX_FILE, _retyped("num_interior_pts", lambda n: {"n": n}), "expected numbers in"),
+        (POSE_FILE, _retyped("qw", lambda w: {"w": w}), "expected numbers in"),
+        (POSE_FILE, _retyped("tx_m", lambda meters: str(meters).encode()[:1] + b"x"), "expected"),
+        (POSE_FILE, _rewrite(lambda table: table.append_column("qw", table["qw"])), r"\['qw'\]"),
+        ("sensors/lidar/*.feather", _retyped("x", lambda x: [x, x]), "its points cannot be read"),
+        ("sensors/lidar/*.feather", _retyped("z", lambda z: z > 0), "its points cannot be read"),
+        (
+            "sensors/lidar/*.feather",
+            _rewrite(lambda table: table.append_column("y", table["y"])),
+            r"has no columns \['y'\], or has them twice",
+        ),
+        ("sensors/lidar/*.feather", _column("x", 0.0), ""),  # a wall is no fault
+        ("sensors/lidar/*.feather", _retyped("x", lambda x: 1e3 * x), "over 1 km apart"),
+    ],
+)
+def test_odd_columns_and_wrong_offsets_are_named(
+    street_folder, street, tmp_path, pattern, break_it, message
+):
+    log = tmp_path / "log"
+    shutil.copytree(street_folder / street.pair_keys[0].log_id, log)
+    break_it(sorted(log.glob(pattern))[0])
+    if not message:
+        assert len(data.open_dataset(log)[0].pc0)
+        return
+    with pytest.raises(data.DataError, match=message):
+        data.open_dataset(log)[0]
+
+
+def test_the_guard_passes_data_errors_on_and_names_all_others(tmp_path):
+    file = tmp_path / "file"
+    for error, message in (
+        (KeyError("R"), "file: not whole \\('R'\\); make it again"),
+        (EOFError(), r"file: not whole \(EOFError\); make it again"),
+        (MemoryError(), r"\(MemoryError\)"),
+        (StopIteration(), r"\(StopIteration\)"),
+        (data.DataError("other: torn"), "^other: torn$"),
+    ):
+        with pytest.raises(data.DataError, match=message):
+            with data.naming(file, "not whole", "make it again"):
+                raise error
+    with pytest.raises(KeyboardInterrupt), data.naming(file, "not whole"):
+        raise KeyboardInterrupt
+
+
+def test_rows_without_a_return_are_no_points(street_folder, street, tmp_path):
+    """0 0 0 and 0 -0 0 become NaN; 0 0 1 is a point."""
+    points = np.array([[0, 0, 0], [0, 0, 1], [0, -0.0, 0], [1, 0, 0], [2, np.nan, 2]])
+    is_bad = np.isnan(data.nan_bad_rows(points.astype(np.float32)))
+    assert is_bad.all(axis=1).tolist() == [True, False, True, False, True]
+    assert is_bad.any(axis=1).tolist() == is_bad.all(axis=1).tolist()
+    assert data.nan_bad_rows(np.zeros((0, 3))).shape == (0, 3)
+    log, key = tmp_path / street.pair_keys[0].log_id, street.pair_keys[0]
+    shutil.copytree(street_folder / log.name, log)
+    file = log / "sensors" / "lidar" / f"{key.timestamp0_ns}.feather"
+    table = feather.read_table(file, memory_map=False).select(["x", "y", "z"])
+    columns = {name: np.r_[np.zeros(3_000), table[name].to_numpy()] for name in "xyz"}
+    feather.write_feather(pyarrow.table(columns), file)
+    pair = data.open_dataset(log)[0]
+    assert pair.pc0[:3_000].isnan().all() and not pair.is_valid[:3_000].any()
+    assert torch.equal(pair.pc0[3_000:], street[0].pc0)
+    assert torch.equal(pair.flow[3_000:], street[0].flow)
+
+
+def test_the_gate_for_clouds_by_hand(av2_pair):
+    rng = np.random.default_rng(0)
+    street = rng.uniform((-50, -50, -2), (50, 50, 4), (5_000, 3))
+    utm = street + (461_000, 5_428_000, 110)
+    no_returns = np.concatenate([np.zeros((9_000, 3)), street])
+    for points in (av2_pair.pc0.numpy(), street, utm, no_returns, street[:1], 1e6 * street[:9]):
+        data.check_points(points)
+    late = np.full((100_000, 3), np.nan)
+    late[77_777] = 1  # the only point is in no sample
+    data.check_points(late)
+    as_float32 = street.copy().view("<f4").reshape(-1, 3)  # bytes of the wrong type
+    one_place = np.concatenate([np.full((60_000, 3), 7.0), street])
+    for points, message in (
+        (np.zeros((0, 3)), "the sweep has no points"),
+        (np.zeros((50, 3)), "the sweep has no points"),
+        (np.full((50, 3), np.nan), "the sweep has no points"),
+        (1_000 * street, "over 1 km apart"),  # millimeters
+        (as_float32, "over 1 km apart"),
+        (one_place, "nearly all at one place"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            data.check_points(points)
+
+
+def test_an_array_on_its_side_is_no_cloud(tmp_path):
+    np.save(tmp_path / "0.npy", np.random.default_rng(0).random((3, 400)))
+    with pytest.raises(data.DataError, match=r"0.npy: its points .*shape is \(3, 400\)"):
+        data.read_points(tmp_path / "0.npy", np.load)
+
+
+# --- Folders as people have them ------------------------------------------------------------------
+
+
+def forbid(monkeypatch, folder) -> None:
+    """The tests may run as root, who may read everything: let one folder refuse even root."""
+
+    def refuses(call):
+        def guarded(path=".", *arguments, **named):
+            is_below = str(path).startswith(str(folder))
+            if is_below:
+                raise PermissionError(13, "Permission denied", str(path))
+            return call(path, *arguments, **named)
+
+        return guarded
+
+    for name in ("listdir", "scandir", "stat"):
+        monkeypatch.setattr(os, name, refuses(getattr(os, name)))
+
+
+def test_a_folder_that_cannot_be_read_costs_only_itself(tmp_path, monkeypatch):
+    _log_of(tmp_path / "a", (0, 100))
+    (tmp_path / "lost+found").mkdir()
+    forbid(monkeypatch, tmp_path / "lost+found")
+    pairs = data.open_dataset(tmp_path)
+    assert [key.log_id for key in pairs.pair_keys] == ["a"]
+    (line,) = pairs.skipped
+    assert "lost+found: [Errno 13] Permission denied" in line and "permissions" in line
+
+
+def test_a_log_that_cannot_be_listed_costs_only_itself(tmp_path, monkeypatch):
+    for name in "ab":
+        _log_of(tmp_path / name, (0, 100))
+    listdir = os.listdir
+
+    def refuses(path):
+        if str(path).startswith(str(tmp_path / "a")):
+            raise PermissionError(13, "Permission denied", str(path))
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", refuses)
+    pairs = data.open_dataset(tmp_path)
+    assert [key.log_id for key in pairs.pair_keys] == ["b"]
+    (line,) = pairs.skipped
+    assert line.startswith(f"{tmp_path / 'a'}: [Errno 13] Permission denied")
+    shutil.rmtree(tmp_path / "b")
+    with pytest.raises(data.DataError, match=r"in 0 logs; .*1 skipped: .*/a: .*Permission denied"):
+        data.open_dataset(tmp_path)
+
+
+def test_where_nothing_can_be_read_the_reasons_are_in_the_error(tmp_path, monkeypatch):
+    for name in "abcde":
+        (tmp_path / "root" / name).mkdir(parents=True)
+    forbid(monkeypatch, tmp_path / "root" / "")  # all that is below, but not the root
+    with pytest.raises(data.DataError, match="root: cannot be opened .*Permission denied"):
+        data.open_dataset(tmp_path / "root")
+    monkeypatch.undo()
+    for name in "abcd":
+        forbid(monkeypatch, tmp_path / "root" / name)
+    with pytest.raises(
+        data.DataError, match=r"no Argoverse 2 log in it .*\(4 skipped: .*/a: .*/b: .*/c: "
+    ):
+        data.open_dataset(tmp_path / "root")
+
+
+def test_a_map_that_cannot_be_listed_is_named(street_folder, street, tmp_path, monkeypatch):
+    """Otherwise "auto" would find no map in it, and take the ground from the points."""
+    log = tmp_path / "log"
+    shutil.copytree(street_folder / street.pair_keys[0].log_id, log)
+    listdir = os.listdir
+
+    def refuses(path):
+        if str(path) == str(log / "map"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", refuses)
+    with pytest.raises(data.DataError, match="log: the log cannot be read .*denied: .*log/map"):
+        data.open_dataset(log)[0]
+
+
+def test_what_a_mac_adds_is_no_map_and_no_sweep(street_folder, street, tmp_path):
+    log = tmp_path / street.pair_keys[0].log_id
+    shutil.copytree(street_folder / log.name, log)
+    for file in [*(log / "map").iterdir(), *(log / "sensors" / "lidar").iterdir()]:
+        (file.parent / f"._{file.name}").write_bytes(b"\x00\x05\x16\x07" + bytes(99))
+    (log / "._annotations.feather").write_bytes(bytes(99))
+    (tmp_path / f"._{log.name}").write_bytes(bytes(99))
+    for ground in data.GROUNDS:
+        pair = data.open_dataset(tmp_path, ground=ground)[0]
+        expected = data.open_dataset(street_folder, ground=ground)[0]
+        assert torch.equal(pair.is_ground0, expected.is_ground0)
+        assert torch.equal(pair.flow, expected.flow)
+    (line,) = data.open_dataset(tmp_path).skipped  # one for all three sweeps
+    assert line.startswith(str(log / "sensors" / "lidar" / "._"))
+
+
+def test_names_that_are_not_utf8_or_a_tilde(street_folder, street, tmp_path, monkeypatch):
+    """Above the logs every name is read; a log with such a name has an id that labels cannot hold.
+
+    pyarrow itself takes a folder called ~ for the user's home.
+    """
+    log_id = street.pair_keys[0].log_id
+    strange = tmp_path / os.fsdecode(b"caf\xe9") / "~"
+    strange.mkdir(parents=True)
+    shutil.copytree(street_folder / log_id, strange / log_id)
+    shutil.copytree(street_folder / log_id, strange / "~")
+    shutil.copytree(street_folder / log_id, strange / os.fsdecode(b"\xff"))
+    for path in (strange, "~", "."):
+        monkeypatch.chdir(strange if path == "." else strange.parent)
+        pairs = data.open_dataset(path)
+        assert sorted({key.log_id for key in pairs.pair_keys}) == sorted([log_id, "~"])
+        assert torch.equal(pairs[0].pc0, street[0].pc0)
+        assert torch.equal(pairs[-1].flow, street[1].flow)
+        (line,) = pairs.skipped
+        assert "can't encode" in line and "rename it" in line
+
+
+def test_a_file_is_no_folder(street_folder, street):
+    file = street_folder / street.pair_keys[0].log_id / "annotations.feather"
+    with pytest.raises(data.DataError, match="annotations.feather: is a file; give a folder"):
+        data.open_dataset(file)
+
+
+def test_the_folder_of_a_logs_sweeps_stands_for_the_log(street_folder, street, monkeypatch):
+    lidar = street_folder / street.pair_keys[0].log_id / "sensors" / "lidar"
+    assert data.open_dataset(lidar).pair_keys == street.pair_keys[:2]
+    monkeypatch.chdir(lidar)
+    assert torch.equal(data.open_dataset(".")[0].flow, street[0].flow)
+
+
+def test_a_folder_two_levels_too_high_lists_the_splits(tmp_path, monkeypatch):
+    for split in ("sensor/train", "sensor/val", "lidar/val"):
+        _log_of(tmp_path / "av2" / split / "log", (0, 100))
+    (tmp_path / "av2" / "motion").mkdir()
+    (tmp_path / "av2" / "lost+found").mkdir()
+    forbid(monkeypatch, tmp_path / "av2" / "lost+found")
+    with pytest.raises(
+        data.DataError, match="holds the splits lidar/val, sensor/train, sensor/val; choose one"
+    ):
+        data.open_dataset(tmp_path / "av2")
+
+
+def test_options_of_clouds_are_refused_for_argoverse(street_folder):
+    for option in ({"columns": 5}, {"min_range_m": 0.0}, {"poses": "p"}, {"rate_hz": 5}):
+        message = f"{next(iter(option))} .* is not for Argoverse 2's folders; leave it out"
+        with pytest.raises(data.DataError, match=message):
+            data.open_dataset(street_folder, **option)
+
+
+# --- What a label remembers of its pair -----------------------------------------------------------
+
+
+def test_a_pair_knows_its_seconds(street):
+    assert street[0].seconds == street.pair_keys[0].seconds == pytest.approx(0.1)
+    late = dataclasses.replace(street[0], timestamp1_ns=street[0].timestamp0_ns + 250_000_000)
+    assert late.seconds == 0.25
+
+
+def test_the_fingerprint_is_of_points_ground_and_pose_and_of_nothing_else(street):
+    pair = street[0]
+    assert len(pair.fingerprint) == 16 and int(pair.fingerprint, 16)
+    moved = pair.pc0.clone()
+    moved[5, 1] += 0.2
+    ground = pair.is_ground1.clone()
+    ground[7] = ~ground[7]
+    ego1_SE3_ego0 = pair.ego1_SE3_ego0.clone()
+    ego1_SE3_ego0[0, 3] += 0.001
+    others = [
+        {"pc0": moved},
+        {"pc1": pair.pc1[:-1]},
+        {"pc1": pair.pc1.flip(0)},
+        {"is_ground1": ground},
+        {"ego1_SE3_ego0": ego1_SE3_ego0},
+    ]
+    changed = [dataclasses.replace(pair, **fields).fingerprint for fields in others]
+    assert len({pair.fingerprint, street[1].fingerprint, *changed}) == 7
+    unseen = dataclasses.replace(pair, log_id="x", timestamp0_ns=1, flow=None, category=None)
+    assert unseen.fingerprint == pair.fingerprint
+
+
+def test_the_fingerprint_is_the_same_on_a_machine_that_rounds_differently(av2_pair):
+    """The last bits of sweep 1 and of the pose, the sign of 0, and the kind of NaN do not count."""
+    pc0, pc1 = av2_pair.pc0.clone(), av2_pair.pc1.clone()
+    pc0[:2], pc0[2:4] = 0.0, torch.nan
+    here = dataclasses.replace(av2_pair, pc0=pc0)
+    there = dataclasses.replace(
+        here,
+        pc0=pc0 * torch.where(torch.arange(len(pc0)) < 4, -1, 1)[:, None],
+        pc1=torch.nextafter(pc1, pc1 + torch.tensor([1.0, -1.0, 1.0])),
+        ego1_SE3_ego0=av2_pair.ego1_SE3_ego0 + 1e-12,
+    )
+    assert not torch.equal(here.pc1, there.pc1)
+    # Of 100,000 points some are within a millionth of a rounding border: those are left out here.
+    is_safe = ((here.pc1 * 10).round() == (there.pc1 * 10).round()).all(dim=1)
+    assert is_safe.float().mean() > 0.999
+    pairs = []
+    for pair in (here, there):
+        pairs.append(
+            dataclasses.replace(pair, pc1=pair.pc1[is_safe], is_ground1=pair.is_ground1[is_safe])
+        )
+    assert pairs[0].fingerprint == pairs[1].fingerprint
 
 
 # --- Clouds in memory -----------------------------------------------------------------------------

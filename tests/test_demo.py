@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -107,8 +108,39 @@ def test_more_logs_are_added_to_the_cache_and_fewer_are_taken_from_it(cache, mon
     ):
         demo.prepare_street(demo.DemoSettings(0, 1))
     before = demo.cache_folder()
-    monkeypatch.setattr(demo, "CACHE_VERSION", 2)
+    monkeypatch.setattr(demo, "CACHE_VERSION", 1000)
     assert demo.cache_folder() != before
+
+
+def test_without_a_home_or_a_cache_that_can_be_made_it_says_what_to_set(
+    tmp_path, cache, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    (tmp_path / "file").touch()
+    with pytest.raises(data.DataError, match="file/.*cannot be made .*; set XDG_CACHE_HOME to a"):
+        demo.prepare_street(demo.DemoSettings(1, 1))
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", no_home)
+    with pytest.raises(data.DataError, match="you have no home folder here; set XDG_CACHE_HOME"):
+        demo.prepare_street(demo.DemoSettings(1, 1))
+
+
+def test_settings_of_another_version_go_on_and_torn_ones_are_named(tmp_path):
+    for text, expected in (
+        ('{"train_logs": 3, "test_logs": 2, "picture": null, "more": 1}', (3, 2)),
+        ('{"train_logs": 3}', (3, 6)),
+    ):
+        (tmp_path / "demo.json").write_text(text)
+        found = demo._resumed(demo.DemoSettings(), tmp_path)
+        assert (found.train_logs, found.test_logs) == expected
+    for content in (b'{"train', b"\xff\xfe", b"17", b"", b'{"train_logs": "3"}'):
+        (tmp_path / "demo.json").write_bytes(content)
+        with pytest.raises(data.DataError, match="demo.json: is torn, or not JSON .*; begin a new"):
+            demo._resumed(demo.DemoSettings(), tmp_path)
 
 
 def test_what_cannot_go_together_with_the_demo_is_refused(tmp_path, monkeypatch, capsys):

@@ -3,6 +3,7 @@
 plain_student.py holds the latter. test_inference.py tests the faster form.
 """
 
+import copy
 import dataclasses
 import os
 from pathlib import Path
@@ -288,6 +289,29 @@ def test_a_checkpoint_brings_back_the_same_function(tmp_path):
     torch.save(fastflow3d.checkpoint_of(model) | {"model": halves}, tmp_path / "half.pt")
     parameters = fastflow3d.load_checkpoint(tmp_path / "half.pt").parameters()
     assert {tensor.dtype for tensor in parameters} == {torch.float32}
+
+
+def test_names_that_torchs_wrappers_have_given_are_understood(tmp_path):
+    model = FastFlow3D(TINY)
+    compiled = copy.deepcopy(model)
+    compiled.backbone = torch.compile(compiled.backbone)  # compiles nothing before it is called
+    whole = torch.compile(model)
+    own = fastflow3d.checkpoint_of(model)
+    for names in (
+        compiled.state_dict(),
+        whole.state_dict(),
+        {f"module.{name}": tensor for name, tensor in own["model"].items()},
+        {f"module.{name}": tensor for name, tensor in whole.state_dict().items()},
+        {f"_orig_mod.module.{name}": tensor for name, tensor in own["model"].items()},
+    ):
+        assert set(names) != set(own["model"])
+        torch.save(own | {"model": names}, tmp_path / "wrapped.pt")
+        loaded = fastflow3d.load_checkpoint(tmp_path / "wrapped.pt").state_dict()
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in own["model"].items())
+    twice = own["model"] | {"module.head.decoder.0.bias": torch.zeros(16)}
+    torch.save(own | {"model": twice}, tmp_path / "twice.pt")
+    with pytest.raises(ValueError, match="two tensors are called head.decoder.0.bias"):
+        fastflow3d.load_checkpoint(tmp_path / "twice.pt")
 
 
 def test_a_published_file_is_recognized_and_its_tensors_are_all_there(tmp_path):

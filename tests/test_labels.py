@@ -1,9 +1,11 @@
 """Labels on disk, and labeling many pairs: what is missing is made, and no fault spoils a label."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,6 +24,7 @@ import data
 import fastflow3d
 import labels
 import nsfp
+import synthetic
 import zeroflow
 
 ROOT = Path(zeroflow.__file__).parent
@@ -38,9 +41,8 @@ def a_label(n: int = 50) -> zeroflow.Label:
     generator = torch.Generator().manual_seed(n)
     has_flow = torch.rand(n, generator=generator) < 0.7
     flow = torch.randn(n, 3, generator=generator) * has_flow[:, None]
-    return zeroflow.Label(
-        data.PairKey("log", 1, 2), flow, has_flow, QUICK_SETTINGS, loss=0.25, seconds=1.5
-    )
+    key, loss, seconds = data.PairKey("log", 1, 2), 0.25, 1.5
+    return zeroflow.Label(key, flow, has_flow, QUICK_SETTINGS, loss, seconds, fingerprint="a1" * 8)
 
 
 def a_made_label(pair: data.SweepPair, settings: nsfp.NSFPSettings = QUICK) -> zeroflow.Label:
@@ -81,6 +83,7 @@ def test_a_label_comes_back_by_its_name_to_half_a_millimeter(tmp_path):
     is_slow = label.flow.abs() < 2
     assert (found.flow - label.flow)[is_slow].abs().max() <= 0.0005
     assert (found.settings, found.loss, found.seconds) == (label.settings, 0.25, 1.5)
+    assert found.fingerprint == "a1" * 8
     assert feather.read_table(path).schema.names == [
         "flow_tx_m",
         "flow_ty_m",
@@ -144,6 +147,167 @@ def test_the_label_of_another_pair_is_refused(tmp_path):
         labels.read_label(tmp_path, data.PairKey("log", 1, 3))
     with pytest.raises(data.DataError, match="1.feather: has 50 rows, its sweep has 51 points"):
         labels.read_label(tmp_path, data.PairKey("log", 1, 2), num_points=51)
+
+
+def test_no_bit_of_a_label_can_flip_unnoticed(tmp_path):
+    label = a_label()
+    path = labels.write_label(tmp_path, label)
+    whole = path.read_bytes()
+    for bit in range(0, 8 * len(whole), 37):
+        spoiled = bytearray(whole)
+        spoiled[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(spoiled)
+        with pytest.raises(data.DataError, match=r"1\.feather: .*; delete the file and run"):
+            labels.read_label(tmp_path, label.key)
+    path.write_bytes(whole)
+    labels.read_label(tmp_path, label.key)
+
+
+def test_the_checksum_is_that_of_the_file_with_zeros_in_its_place(tmp_path):
+    content = labels.write_label(tmp_path, a_label()).read_bytes()
+    metadata = json.loads(
+        feather.read_table(pyarrow.BufferReader(content)).schema.metadata[b"zeroflow"]
+    )
+    checksum = metadata["checksum"].encode()
+    assert hashlib.sha256(content.replace(checksum, b"0" * 64)).hexdigest() == checksum.decode()
+
+
+@pytest.mark.parametrize("length", [math.nan, math.inf, -math.inf, 102.5, -1000.0])
+def test_a_whole_label_with_a_flow_that_cannot_be_is_torn_and_made_again(
+    tmp_path, street, undisturbed, length
+):
+    shutil.copytree(undisturbed, tmp_path / "labels")
+    made = labels.read_label(tmp_path / "labels", street.pair_keys[2])
+    flow = made.flow.clone()
+    flow[7, 1] = length
+    labels.write_label(tmp_path / "labels", dataclasses.replace(made, flow=flow))
+    with pytest.raises(data.DataError, match="has flow that is not finite, or as long as the grid"):
+        labels.read_label(tmp_path / "labels", made.key)
+    assert counts(street, tmp_path / "labels") == [3, 0, 1, 0, 0]
+    assert done(labels.label_dataset(street, tmp_path / "labels", QUICK, workers=1)) == (1, 3, 0)
+    assert_same_tables(tmp_path / "labels", undisturbed, street)
+
+
+def _sealed(path: Path, change) -> None:
+    """Write a label as `write_label` does, but with other columns or metadata."""
+    table = feather.read_table(path, memory_map=False)
+    metadata = json.loads(table.schema.metadata[b"zeroflow"])
+    columns = {name: table[name].combine_chunks() for name in table.column_names}
+    change(columns, metadata)
+    table = pyarrow.table(columns)
+    metadata["checksum"] = "0" * 64
+    feather.write_feather(table.replace_schema_metadata({"zeroflow": json.dumps(metadata)}), path)
+    content = path.read_bytes()
+    checksum = hashlib.sha256(content).hexdigest().encode()
+    path.write_bytes(content.replace(b"0" * 64, checksum))
+
+
+def _set(name, values):
+    return lambda columns, metadata: columns.update({name: pyarrow.array(values)})
+
+
+def _settings(**changes):
+    return lambda columns, metadata: metadata["settings"].update(changes)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_set("has_flow", [None] + [True] * 49), "has_flow is bool with 1 nulls, expected bool"),
+        (_set("has_flow", list(range(50))), "has_flow is int64 with 0 nulls, expected bool"),
+        (_set("has_flow", ["yes"] * 50), "has_flow is string with 0 nulls, expected bool"),
+        (_set("flow_ty_m", ["1.5"] * 50), "flow_ty_m is string, expected floating-point numbers"),
+        (_set("flow_ty_m", [[1.5]] * 50), "flow_ty_m is list<item: double>, expected floating"),
+        (_set("flow_ty_m", [1] * 50), "flow_ty_m is int64, expected floating-point numbers"),
+        (_set("flow_ty_m", [None] + [1.5] * 49), "has flow that is not finite, or as long as"),
+        (_set("flow_ty_m", [1e300] * 50), "has flow that is not finite, or as long as the grid"),
+        (lambda columns, metadata: columns.pop("flow_ty_m"), "has no columns .'flow_ty_m'."),
+        (lambda columns, metadata: metadata.pop("fingerprint"), "not a label of this project"),
+        (lambda columns, metadata: metadata.pop("settings"), "not a label of this project"),
+        (_settings(half_extent_m=None), "not a label of this project"),
+        (_settings(half_extent_m=["wide"]), "not a label of this project"),
+    ],
+)
+def test_a_label_of_other_columns_or_metadata_is_named(tmp_path, change, message):
+    label = a_label()
+    path = labels.write_label(tmp_path, label)
+    _sealed(path, lambda columns, metadata: None)
+    labels.read_label(tmp_path, label.key)
+    _sealed(path, change)
+    with pytest.raises(data.DataError, match=rf"1\.feather: .*{message}"):
+        labels.read_label(tmp_path, label.key)
+
+
+def test_a_label_that_is_a_folder_is_named(tmp_path):
+    labels.label_path(tmp_path, a_label().key).mkdir(parents=True)
+    with pytest.raises(data.DataError, match=r"1\.feather: cannot be read \(Is a directory\)"):
+        labels.read_label(tmp_path, a_label().key)
+
+
+# --- Labels of another input ----------------------------------------------------------------------
+
+
+def _other_points(pair: data.SweepPair) -> data.SweepPair:
+    return dataclasses.replace(pair, pc1=pair.pc1.roll(1, 0))
+
+
+def _other_pose(pair: data.SweepPair) -> data.SweepPair:
+    pose = pair.ego1_SE3_ego0.clone()
+    pose[0, 3] += 0.01
+    return dataclasses.replace(pair, ego1_SE3_ego0=pose)
+
+
+def _other_ground(pair: data.SweepPair) -> data.SweepPair:
+    ground = pair.is_ground1.clone()
+    ground[0] = ~ground[0]
+    return dataclasses.replace(pair, is_ground1=ground)
+
+
+class Changed(data.Pairs):
+    """A data set all of whose pairs have changed, but not their names or numbers of points."""
+
+    def __init__(self, dataset: data.Pairs, change):
+        super().__init__()
+        self.dataset, self.change = dataset, change
+        self.pair_keys, self.stamps = dataset.pair_keys, dataset.stamps
+
+    def read(self, key: data.PairKey) -> data.SweepPair:
+        return self.change(self.dataset.read(key))
+
+
+@pytest.mark.parametrize("change", [_other_points, _other_pose, _other_ground])
+def test_labels_of_other_points_poses_or_ground_are_refused_and_left_alone(
+    tmp_path, street, undisturbed, change
+):
+    folder = tmp_path / "labels"
+    shutil.copytree(undisturbed, folder)
+    labels.label_path(folder, street.pair_keys[0]).unlink()
+    before = {path: path.read_bytes() for path in folder.rglob("*.*")}
+    other = Changed(street, change)
+    message = (
+        r"\.feather: is the label of other points, poses or ground than the data has now; "
+        "if the data has changed, delete the label; if not, choose another folder"
+    )
+    with pytest.raises(data.DataError, match=message):
+        labels.open_labels(folder, other).read(other[1])
+    labels.open_labels(folder, street).read(street[1])
+    with pytest.raises(data.DataError, match=message):
+        labels.label_dataset(other, folder, QUICK, workers=1)
+    assert {path: path.read_bytes() for path in folder.rglob("*.*")} == before
+    status = labels.label_status(other, folder)
+    assert [len(keys) for keys in status.states.values()] == [0, 1, 0, 0, 3]
+    assert "is the label of other points" in status.states["foreign"][street.pair_keys[1]]
+    assert counts_of_sample(other, folder, 0) == [3, 1, 0, 0, 0]  # by themselves they are whole
+    assert counts(street, folder) == [3, 1, 0, 0, 0]
+
+
+def test_a_data_set_with_a_pair_twice_is_refused(tmp_path, street):
+    twice = data.subset(street, [*street.pair_keys, street.pair_keys[1]])
+    with pytest.raises(
+        data.DataError, match="1 of 5 pairs are in the data set twice; was the same"
+    ):
+        labels.label_dataset(twice, tmp_path / "labels", QUICK, workers=1)
+    assert not (tmp_path / "labels").exists()
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
@@ -290,6 +454,57 @@ def _cannot_be_read(index: int) -> None:
     raise OSError(f"sweep {index} cannot be read")
 
 
+def _needs_a_terabyte(index: int) -> None:
+    np.zeros(2**47)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 1.00 PiB"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+        lambda: torch.empty(2**47),  # what PyTorch raises on a CPU has no class of its own
+    ],
+)
+@pytest.mark.parametrize("at_once", [1, 4])
+def test_a_pair_that_needs_too_much_memory_costs_only_itself(
+    tmp_path, street, undisturbed, monkeypatch, error, at_once
+):
+    """Side by side with the others it takes them along, and they are fitted again one by one."""
+    make = zeroflow.make_labels
+
+    def big_pair(pairs, *arguments, **more):
+        if any(pair.key == street.pair_keys[1] for pair in pairs):
+            if isinstance(error, Exception):
+                raise error
+            error()
+        return make(pairs, *arguments, **more)
+
+    monkeypatch.setattr(zeroflow, "make_labels", big_pair)
+    monkeypatch.setitem(labels.PAIRS_AT_ONCE, "cpu", at_once)
+    count = labels.label_dataset(street, tmp_path, QUICK, workers=1)
+    assert done(count) == (3, 0, 1) and count.failed[0][0] == street.pair_keys[1]
+    assert count.failed[0][1].startswith("there was not enough memory (")
+    assert count.failed[0][1].endswith("or a cloud of fewer points")
+    monkeypatch.undo()
+    assert done(labels.label_dataset(street, tmp_path, QUICK, workers=1)) == (1, 3, 0)
+    assert_same_tables(tmp_path, undisturbed, street)
+
+
+def test_a_sweep_too_large_to_be_read_costs_its_pair_and_another_fault_the_run(
+    tmp_path, street, monkeypatch
+):
+    count = labels.label_dataset(Faulty(street, 2, _needs_a_terabyte), tmp_path, QUICK, workers=2)
+    assert done(count) == (3, 0, 1) and "there was not enough memory" in count.failed[0][1]
+
+    def broken(*arguments, **more):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(zeroflow, "make_labels", broken)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        labels.label_dataset(street, tmp_path, QUICK, workers=1)
+
+
 def test_a_process_that_dies_costs_the_pair_it_had(tmp_path, street, undisturbed):
     count = labels.label_dataset(Faulty(street, 1, _kill_this_process), tmp_path, QUICK, workers=2)
     assert done(count) == (3, 0, 1)
@@ -408,7 +623,7 @@ def test_several_pairs_at_once_as_on_a_gpu_give_a_label_each(tmp_path, street, m
 
 
 KILLED_AT_A_BOUNDARY = """
-import os, pathlib, signal, sys
+import io, os, pathlib, signal, sys
 import data, labels
 from test_labels import QUICK
 
@@ -435,16 +650,16 @@ while True:
             return call
 
         data.os.fsync, data.os.replace = map(wrapped, (os.fsync, os.replace))
-        write = labels.feather.write_feather
 
-        def half_then_whole(table, file, compression):
-            file.write(b"half a file")
-            file.flush()
-            at_boundary()
-            file.seek(0)
-            write(table, file, compression=compression)
+        class HalfThenWhole(io.FileIO):
+            def write(self, content):
+                if ".feather" not in self.name.name:
+                    return super().write(content)
+                half = super().write(content[: len(content) // 2])
+                at_boundary()
+                return half + super().write(content[half:])
 
-        labels.feather.write_feather = half_then_whole
+        data.open = HalfThenWhole
         labels.label_dataset(dataset, pathlib.Path(sys.argv[2]) / str(boundary), QUICK, workers=1)
         os._exit(0)
     status = os.waitpid(child, 0)[1]
@@ -523,6 +738,47 @@ def test_a_folder_of_an_older_version_which_stored_no_grid_is_refused(tmp_path, 
     ):
         with pytest.raises(data.DataError, match="other settings .half_extent_m, their grid, is m"):
             use()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff\xfe{}", "is not JSON of settings"),
+        (b"", "is not JSON of settings"),
+        (b"17", "is not JSON of settings"),
+        (b"null", "is not JSON of settings"),
+        (b"[" * 100_000, "is not JSON of settings"),
+        (b'{"half_extent_m": ' + b"9" * 5000 + b"}", "is not JSON of settings"),
+        (b"{}", "half_extent_m, their grid, is missing there"),
+        (b'{"half_extent_m": 5}', "half_extent_m is 5, expected three positive numbers"),
+        (b'{"half_extent_m": [5.0, 5.0]}', "half_extent_m is .5.0, 5.0., expected three"),
+        (b'{"half_extent_m": [5.0, 5.0, "3"]}', "half_extent_m is .*, expected three positive"),
+        (b'{"half_extent_m": [5.0, 5.0, -3.0]}', "half_extent_m is .*, expected three positive"),
+        (b'{"half_extent_m": [5.0, 5.0, NaN]}', "half_extent_m is .*, expected three positive"),
+        (b'{"half_extent_m": [5.0, 5.0, 1e999]}', "half_extent_m is .*, expected three positive"),
+        (b'{"half_extent_m": [5.0, 5.0, ' + b"9" * 400 + b"]}", "expected three positive numbers"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_named(tmp_path, street, content, message):
+    (tmp_path / "settings.json").write_bytes(content)
+    for use in (
+        lambda: labels.claim_folder(tmp_path, QUICK_SETTINGS),
+        lambda: labels.open_labels(tmp_path, street),
+        lambda: labels.label_status(street, tmp_path),
+    ):
+        with pytest.raises(data.DataError, match=rf"settings\.json: .*{message}"):
+            use()
+
+
+@pytest.mark.parametrize("note", [b"\xff\xfe", b"", b"17", b"{}", b"[" * 100_000, b"null"])
+def test_a_note_that_does_not_tell_why_a_pair_failed_is_named(tmp_path, street, note):
+    labels.claim_folder(tmp_path, QUICK_SETTINGS)
+    path = labels.label_path(tmp_path, street.pair_keys[2]).with_suffix(".broken.json")
+    path.parent.mkdir()
+    path.write_bytes(note)
+    status = labels.label_status(street, tmp_path)
+    reason = status.states["failed"][street.pair_keys[2]]
+    assert len(status.states["missing"]) == 3 and reason.startswith(f"{path}: does not tell why (")
 
 
 def test_of_two_runs_that_claim_a_folder_at_once_the_labels_of_one_are_foreign(
@@ -644,6 +900,15 @@ def test_the_shard_comes_from_the_option_else_torchrun_else_a_slurm_array():
     assert labels.chosen_shard(None, slurm) == (5, 6)
     assert labels.chosen_shard(None, torchrun | slurm) == (3, 8)
     assert labels.chosen_shard("0/2", torchrun | slurm) == (0, 2)
+    # Arrays 1-6, and 10-20:2. Of tasks 1, 2 and 9 the last has no shard.
+    from_one = slurm | {"SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_STEP": "1"}
+    assert labels.chosen_shard(None, from_one | {"SLURM_ARRAY_TASK_ID": "6"}) == (5, 6)
+    assert labels.chosen_shard(None, from_one | {"SLURM_ARRAY_TASK_ID": "1"}) == (0, 6)
+    in_steps = slurm | {"SLURM_ARRAY_TASK_MIN": "10", "SLURM_ARRAY_TASK_STEP": "2"}
+    assert labels.chosen_shard(None, in_steps | {"SLURM_ARRAY_TASK_ID": "14"}) == (2, 6)
+    with pytest.raises(data.DataError, match="'8' of '3' is not a shard"):
+        gaps = {"SLURM_ARRAY_TASK_ID": "9", "SLURM_ARRAY_TASK_COUNT": "3"}
+        labels.chosen_shard(None, from_one | gaps)
     for text in ("2/2", "1", "a/b", "-1/2", "1/0"):
         with pytest.raises(data.DataError, match=f"--shard {text}: .* shards are 0/n ... n-1/n"):
             labels.chosen_shard(text, {})
@@ -865,3 +1130,100 @@ def test_a_fit_that_diverged_costs_one_label_and_is_reported(tmp_path, street, w
     )
     with pytest.raises(data.DataError, match="the fit diverged"):
         zeroflow.from_teacher(wild)(street[0])
+
+
+# --- Is the pose wrong? ---------------------------------------------------------------------------
+
+# Half the work of `fast`, for the sparse points of a street.
+SPARSE = dataclasses.replace(
+    nsfp.TEACHERS["fast"],
+    **{"priors": 2, "iterations": 150},
+    **{"cluster_reach": 0.8, "cluster_points": 5, "confirm_reach": 0.5},
+)
+
+
+@pytest.fixture(scope="module")
+def dense_street(tmp_path_factory) -> data.SweepPair:
+    """About 6,000 points that are not ground, a quarter of them on objects that move."""
+    folder = tmp_path_factory.mktemp("dense")
+    synthetic.write_logs(folder, 1, dataclasses.replace(synthetic.PRESETS["small"], sweeps=2))
+    return data.open_dataset(folder)[0]
+
+
+def _with_wrong_pose(pair: data.SweepPair, *ego0_SE3_wrong0: float) -> data.SweepPair:
+    """The pose is wrong by a shift in meters, so sweep 1 lies elsewhere."""
+    shift = np.eye(4)
+    shift[:3, 3] = ego0_SE3_wrong0
+    pc1 = data.transform(shift, pair.pc1.double().numpy()).astype(np.float32)
+    pose = pair.ego1_SE3_ego0 @ torch.from_numpy(data.inverse(shift))
+    return dataclasses.replace(pair, pc1=torch.from_numpy(pc1), ego1_SE3_ego0=pose)
+
+
+class OnePair:
+    """A data set of one pair that is in memory."""
+
+    def __init__(self, pair: data.SweepPair):
+        self.pair, self.pair_keys = pair, [pair.key]
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> data.SweepPair:
+        return self.pair
+
+
+def test_a_pose_that_is_wrong_by_11_5_cm_is_found(tmp_path, dense_street):
+    """By the length of the motion, whatever its direction; the right pose is not suspected."""
+    count = labels.label_dataset(OnePair(dense_street), tmp_path / "right", SPARSE, workers=1)
+    assert done(count) == (1, 0, 0) and count.suspicious == []
+    for name, shift in (("ahead", (0.115, 0, 0)), ("aside", (0.083, 0.08, 0))):
+        wrong = _with_wrong_pose(dense_street, *shift)
+        count = labels.label_dataset(OnePair(wrong), tmp_path / name, SPARSE, workers=1)
+        ((key, text),) = count.suspicious
+        assert done(count) == (1, 0, 0) and key == dense_street.key
+        found = re.fullmatch(
+            r"(\d+) % of the points share one motion of (\d+\.\d) cm: "
+            r"is the pose of this pair wrong\?",
+            text,
+        )
+        assert 50 <= int(found[1]) <= 100 and float(found[2]) == pytest.approx(11.5, abs=1.5)
+
+
+def test_a_scene_in_which_much_moves_is_not_suspected(dense_street):
+    """40 % of the points, 5 m to 25 m ahead, move by 1 m; and a pair of few points."""
+    pair = dense_street
+    x0, x1 = pair.pc0[:, 0], pair.pc1[:, 0]
+    border = float(x0[data.input_masks(pair)[0]].quantile(0.6))
+    flow, pc1 = torch.zeros_like(pair.pc0), pair.pc1.clone()
+    flow[x0 > border, 1] = 1.0
+    pc1[x1 > border, 1] += 1.0
+    has_flow = data.input_masks(pair)[0]
+    moving = dataclasses.replace(pair, pc1=pc1)
+    label = zeroflow.Label(pair.key, flow, has_flow, QUICK_SETTINGS, 0.0, 0.0, "")
+    assert labels.common_motion(label, moving).meters < 0.05
+    assert labels.suspicion(label, moving) is None
+    # If all of it moves, it is suspected; if there are hardly any points, it is not.
+    flow[:, 1] = 1.0
+    wrong = dataclasses.replace(pair, pc1=pair.pc1 + torch.tensor([0.0, 1.0, 0.0]))
+    common = labels.common_motion(label, wrong)
+    assert common.share > 0.9 and common.meters == pytest.approx(1, abs=0.05) and common.gain > 2
+    text = "% of the points share one motion of 1"
+    assert text in labels.suspicion(label, wrong)
+    few = has_flow & (has_flow.cumsum(0) < 100)
+    assert labels.suspicion(dataclasses.replace(label, has_flow=few), wrong) is None
+    nothing = dataclasses.replace(label, has_flow=torch.zeros_like(has_flow))
+    assert labels.common_motion(nothing, wrong) == (0, 0, 1)
+
+
+def test_the_pose_of_the_real_pair_is_right_to_2_cm_and_a_wrong_one_is_found(av2_pair):
+    """With the true flow as the label of the right pose."""
+    has_flow = data.input_masks(av2_pair)[0]
+    label = zeroflow.Label(av2_pair.key, av2_pair.flow, has_flow, QUICK_SETTINGS, 0.0, 0.0, "")
+    assert labels.common_motion(label, av2_pair).meters < 0.03
+    assert labels.suspicion(label, av2_pair) is None
+    wrong = _with_wrong_pose(av2_pair, 0.0, 0.115, 0.0)
+    shifted = dataclasses.replace(label, flow=label.flow + torch.tensor([0.0, 0.115, 0.0]))
+    for estimate in (label, shifted):  # a teacher that finds nothing, and one that finds it
+        common = labels.common_motion(estimate, wrong)
+        assert common.meters == pytest.approx(0.115, abs=0.02) and common.gain > 1.5
+        assert common.share > 0.7

@@ -2,13 +2,21 @@
 
 import copy
 import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+from scipy.spatial import cKDTree
 from scipy.spatial.transform import Rotation
 from torch import nn
 
+import data
 import nsfp
 from nsfp import TEACHERS
 
@@ -551,6 +559,96 @@ def test_clusters_are_those_of_dbscan_by_loops():
         cores = near[i] & is_core
         assert (found[i] == -1) == (not cores.any())
         assert found[i] == -1 or found[i] in found[cores]
+
+
+def clusters_from_all_links(points: torch.Tensor, reach: float, min_points: int) -> torch.Tensor:
+    """DBSCAN from the list of all pairs of neighbors: simple, but its memory is quadratic."""
+    points = points.numpy()
+    distance, _ = cKDTree(points).query(points, [min_points], distance_upper_bound=reach)
+    is_core = np.isfinite(distance[:, 0])
+    cluster = np.full(len(points), -1)
+    if is_core.any():
+        tree = cKDTree(points[is_core])
+        a, b = tree.query_pairs(reach, output_type="ndarray").T
+        links = coo_matrix((np.ones(len(a), dtype=bool), (a, b)), shape=(tree.n, tree.n))
+        _, core_cluster = connected_components(links, connection="weak")
+        cluster[is_core] = core_cluster
+        _, nearest_core = tree.query(points[~is_core], distance_upper_bound=reach)
+        cluster[~is_core] = np.append(core_cluster, -1)[nearest_core]
+    return torch.from_numpy(cluster)
+
+
+def a_clustered_cloud(rng: np.random.Generator) -> torch.Tensor:
+    """Blobs of any density, coincident points, lines, and points on a grid, in random order."""
+    parts = []
+    for _ in range(rng.integers(1, 6)):
+        n, center = int(rng.integers(1, 800)), rng.uniform(-2, 2, 3)
+        kinds = [
+            rng.normal(0, 10 ** rng.uniform(-4, 0.3), (n, 3)),
+            np.zeros((n, 3)),
+            np.outer(rng.uniform(-3, 3, n), rng.normal(size=3)),
+            np.round(rng.uniform(-2, 2, (n, 3)), 1),  # many distances are equal
+        ]
+        parts.append(center + kinds[rng.integers(4)])
+    cloud = np.concatenate(parts).astype(np.float16 if rng.random() < 0.5 else float).astype(float)
+    return torch.from_numpy(cloud[rng.permutation(len(cloud))])
+
+
+def test_clusters_are_those_of_all_links_in_clouds_of_any_density():
+    rng = np.random.default_rng(0)
+    for _ in range(150):
+        points = a_clustered_cloud(rng)
+        reach, min_points = float(rng.choice([0.1, 0.2, 0.4, 0.8])), int(rng.integers(1, 20))
+        expected = clusters_from_all_links(points, reach, min_points)
+        assert torch.equal(nsfp.find_clusters(points, reach, min_points), expected)
+
+
+def test_two_crowds_touch_only_by_points_that_come_late_in_their_cells():
+    """200 points at each end of a gap, and one of each beside it, just in reach or just not."""
+    left, right = torch.zeros(200, 3).double(), torch.zeros(200, 3).double()
+    for gap, clusters in ((0.399, 1), (0.401, 2)):
+        right[:, 0] = 0.2 + gap
+        left[-1, 0] = 0.2
+        points = torch.cat([left, right])
+        found = nsfp.find_clusters(points, 0.4, 10)
+        assert torch.equal(found, clusters_from_all_links(points, 0.4, 10))
+        assert int(found.max()) + 1 == clusters and int(found.min()) == 0
+
+
+def test_clusters_of_the_real_sweep_are_those_of_all_links(av2_pair):
+    points = av2_pair.pc0[data.input_masks(av2_pair)[0]].double()
+    for reach, min_points in ((0.4, 10), (0.8, 5)):  # the fast teacher's, and the street's
+        expected = clusters_from_all_links(points, reach, min_points)
+        assert torch.equal(nsfp.find_clusters(points, reach, min_points), expected)
+
+
+MEMORY = """
+import dataclasses, sys, torch, nsfp
+torch.set_num_threads(1)
+generator = torch.Generator().manual_seed(0)
+corner = (torch.rand(60, 3, generator=generator) - 0.5) * torch.tensor([90.0, 90.0, 5.0])
+side = torch.rand(60_000, 3, generator=generator) * torch.tensor([8.0, 0.0, 2.0])
+walls = corner.repeat(1000, 1) + side
+place, width = torch.tensor([[5.0, 3.0, 0.5]]), float(sys.argv[1])
+crowd = place + width * torch.randn(40_000, 3, generator=generator)
+quick = dataclasses.replace(nsfp.TEACHERS["fast"], iterations=2)
+assert nsfp.estimate_flow(torch.cat([walls, crowd]), walls, quick).isfinite().all()
+print(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])  # the most memory used, in kB
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux to count memory")
+@pytest.mark.parametrize("width", [0.0, 0.002])
+def test_forty_thousand_points_at_one_place_need_at_most_one_and_a_half_gigabytes(width):
+    """In a cloud of 100,000, all at the same place or within millimeters.
+
+    Sweep 1 has no crowd: searching among points at one place needs no memory, but it takes long.
+    """
+    environment = os.environ | {"PYTHONPATH": str(Path(nsfp.__file__).parent)}
+    command = [sys.executable, "-c", MEMORY, str(width)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr or "it was killed"
+    assert int(run.stdout) < 1.5e6
 
 
 def test_rigid_motions_are_scipys_and_never_a_mirror():

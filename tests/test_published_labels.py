@@ -129,3 +129,101 @@ def test_published_labels_of_other_points_are_refused_by_name(tmp_path, street):
         data.DataError, match=r"0000000000.feather: has 3 rows, its sweep has \d+ points"
     ):
         labels.open_labels(tmp_path / "later", street).read(pair)
+
+
+def write_later(folder: Path, pair: data.SweepPair, **changes) -> Path:
+    """Write a label in the layout of later code bases, with other columns if given."""
+    columns = {name: np.zeros(len(pair.pc0), dtype=np.float32) for name in data.FLOW_COLUMNS}
+    columns["is_valid"] = np.ones(len(pair.pc0), dtype=bool)
+    file = folder / pair.log_id / "0000000000.feather"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    feather.write_feather(pyarrow.table({**columns, **changes}), file)
+    return file
+
+
+def test_a_later_layout_with_odd_columns_is_refused_by_name(tmp_path, street):
+    pair, n = street[0], len(street[0].pc0)
+    file = write_later(tmp_path, pair)
+    label_folder = labels.open_labels(tmp_path, street)
+    label_folder.read(pair)
+    is_input = data.input_masks(pair)[0]
+    row = int(is_input.nonzero()[3])
+    hole = [0.0] * n
+    hole[row] = None
+    for changes, message in (
+        ({"is_valid": pyarrow.array([None] + [True] * (n - 1))}, "is_valid is bool with 1 nulls"),
+        ({"is_valid": ["yes"] * n}, "is_valid is string with 0 nulls, expected bool"),
+        ({"flow_tx_m": ["1.5"] * n}, "flow_tx_m is string, expected floating-point numbers"),
+        ({"flow_tx_m": [[1.5]] * n}, "flow_tx_m is list<item: double>, expected floating"),
+        ({"flow_tx_m": [True] * n}, "flow_tx_m is bool, expected floating-point numbers"),
+        ({"flow_tx_m": pyarrow.array(hole)}, "has flow that is not finite, or as long as the"),
+        ({"flow_tx_m": [1e300] * n}, "has flow that is not finite, or as long as the grid"),
+    ):
+        write_later(tmp_path, pair, **changes)
+        with pytest.raises(data.DataError, match=f"0000000000.feather: .*{message}"):
+            label_folder.read(pair)
+    table = pyarrow.table([[1.0]] * 2 + [[True]] * 3, [*data.FLOW_COLUMNS, "is_valid", "flow_tx_m"])
+    feather.write_feather(table, file)
+    with pytest.raises(data.DataError, match="0000000000.feather: has .*columns .'flow_tx_m'."):
+        label_folder.read(pair)
+
+
+def test_published_arrays_of_odd_types_are_refused_by_name(tmp_path, street):
+    pair = street[0]
+    file = write_published(tmp_path, pair, 0, np.zeros((len(pair.pc0), 3), dtype=np.float32))
+    good, label_folder = dict(np.load(file)), labels.open_labels(tmp_path, street)
+    rows, flow = good["valid_idxes"], good["flow"]
+    for changes, message in (
+        ({"valid_idxes": rows.astype(float)}, "flow of float32 for valid_idxes of float64"),
+        ({"valid_idxes": rows.astype(str)}, "flow of float32 for valid_idxes of <U21"),
+        ({"valid_idxes": rows + 2.0**62}, "flow of float32 for valid_idxes of float64"),
+        ({"valid_idxes": rows.astype(np.uint64) + np.uint64(2**63)}, "is not a published label"),
+        ({"flow": flow.astype(complex)}, "flow of complex128 for valid_idxes"),
+        ({"flow": flow.astype(str)}, "flow of <U32 for valid_idxes"),
+        ({"flow": flow.astype(float) + 1e300}, "has flow that is not finite, or as long as the"),
+        ({"flow": flow[:, :, :2]}, "is not a published label"),
+        ({"delta_time": np.array(["soon"])}, "is not a published label"),
+    ):
+        np.savez(file, **(good | changes))
+        with pytest.raises(data.DataError, match=f"0000000000_000.npz: .*{message}"):
+            label_folder.read(pair)
+    for missing in good:
+        np.savez(file, **{name: array for name, array in good.items() if name != missing})
+        with pytest.raises(data.DataError, match="_000.npz: is not a published label"):
+            label_folder.read(pair)
+    for other in (lambda: np.save(file.open("wb"), flow), file.unlink):  # one array; a folder
+        other()
+        if not file.exists():
+            file.mkdir()
+        with pytest.raises(data.DataError, match="_000.npz: is not a published label"):
+            label_folder.read(pair)
+
+
+@pytest.mark.parametrize("layout", ["npz", "feather"])
+def test_a_published_file_that_is_spoiled_gives_a_clear_error_or_a_flow_that_can_be(
+    tmp_path, street, layout
+):
+    """Cuts and flips everywhere, in the headers above all. Whatever comes, it is not a crash."""
+    pair, rng = street[0], np.random.default_rng(0)
+    flow = rng.normal(size=(len(pair.pc0), 3)).astype(np.float32)
+    if layout == "npz":
+        file = write_published(tmp_path, pair, 0, flow)
+    else:
+        file = write_later(tmp_path, pair, flow_tx_m=flow[:, 0])
+    whole, label_folder = file.read_bytes(), labels.open_labels(tmp_path, street)
+    label_folder.read(pair)
+    # The headers of an archive are at its start, between its members, and at its end.
+    edges = np.concatenate([np.arange(400), len(whole) - 1 - np.arange(900)])
+    refused = 0
+    for place in [*rng.choice(edges, 250, replace=False), *rng.integers(0, len(whole), 50)]:
+        spoiled = bytearray(whole)
+        spoiled[place] ^= 1 << rng.integers(8)
+        file.write_bytes(spoiled[: rng.integers(len(whole))] if rng.random() < 0.1 else spoiled)
+        try:
+            label = label_folder.read(pair)
+        except data.DataError as error:
+            assert file.name in str(error)
+            refused += 1
+        else:
+            assert (label.flow.abs() < 102.4).all()
+    assert refused > 100

@@ -1,13 +1,19 @@
 """The trainer: it learns, repeats itself, and loses nothing, on a street of two short logs."""
 
 import dataclasses
+import errno
+import io
+import itertools
 import json
 import math
+import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import typing
 from pathlib import Path
@@ -20,6 +26,7 @@ import data
 import fastflow3d
 import labels
 import nsfp
+import runs
 import train
 import zeroflow
 
@@ -83,9 +90,9 @@ def test_each_step_has_the_weight_the_mask_and_the_rate_that_the_settings_say(mo
     """Speed weight for the first part of the steps; only rows with a label and in the grid."""
     seen = []
 
-    def loss(flows, labels, masks, weight, point_weights):
+    def loss(flows, labels, masks, weight, point_weights, seconds):
         seen.append((weight, [int(mask.sum()) for mask in masks]))
-        return distillation_loss(flows, labels, masks, weight, point_weights)
+        return distillation_loss(flows, labels, masks, weight, point_weights, seconds)
 
     distillation_loss = zeroflow.distillation_loss
     monkeypatch.setattr(zeroflow, "distillation_loss", loss)
@@ -213,7 +220,7 @@ def test_a_batch_in_parts_has_the_gradient_of_the_sum_over_its_samples(tmp_path)
 
 def test_samples_are_the_rows_that_are_not_ground_with_their_own_labels(tmp_path, street):
     labels.label_dataset(street, tmp_path, QUICK_TEACHER, workers=1)
-    pc0, pc1, label, has_flow, weight, _ = train.LabeledPairs(street, tmp_path)[1]
+    pc0, pc1, label, has_flow, weight, *_ = train.LabeledPairs(street, tmp_path)[1]
     pair = street[1]
     assert torch.equal(pc0, pair.pc0[~pair.is_ground0]) and torch.equal(
         pc1, pair.pc1[~pair.is_ground1]
@@ -223,7 +230,7 @@ def test_samples_are_the_rows_that_are_not_ground_with_their_own_labels(tmp_path
     assert torch.equal(has_flow, stored.has_flow[~pair.is_ground0])
     # FastFlow3D's: the true flow, of all points in the grid, where background weighs a tenth.
     for grid in (data.GRID_HALF_EXTENT_M, (10.0, 20.0, 3.0)):
-        pc0, pc1, label, has_flow, weight, _ = train.LabeledPairs(street, None, grid)[1]
+        pc0, pc1, label, has_flow, weight, *_ = train.LabeledPairs(street, None, grid)[1]
         is_inside = (pc0.abs() < torch.tensor(grid)).all(dim=1)
         assert torch.equal(label, pair.flow[~pair.is_ground0]) and torch.equal(has_flow, is_inside)
         is_foreground = pair.category[~pair.is_ground0] > 0
@@ -364,12 +371,11 @@ def test_training_on_logs_and_labels_of_ones_own(tmp_path, own, street_folder, c
 
 
 def test_true_flow_and_several_roots_are_learnt_from(tmp_path, own, street_folder, capsys):
-    folders = [[str(street_folder)] * 2, [str(tmp_path / "labels")] * 2]
+    shutil.copytree(street_folder, tmp_path / "copy")
+    folders = [[str(street_folder), str(tmp_path / "copy")], [str(tmp_path / "labels")] * 2]
     two = [*own, "--data", *folders[0], "--labels", *folders[1], "--pairs-per-log", "all", "1"]
     assert commands.train_main([*two, "--steps", "1"]) == 0
-    settings = train.TrainSettings(
-        data=(str(street_folder),) * 2, labels=(str(tmp_path / "labels"),) * 2
-    )
+    settings = train.TrainSettings(data=tuple(folders[0]), labels=(str(tmp_path / "labels"),) * 2)
     assert len(train.open_samples(dataclasses.replace(settings, pairs_per_log=(None, 1)))) == 4 + 2
     supervised = [*own, "--steps", "1", "--supervised"]
     assert commands.train_main(supervised) == 1
@@ -614,6 +620,358 @@ def test_a_gradient_that_is_not_finite_skips_its_step_and_stops_the_run_if_it_pe
         data.DataError, match="step 10: the gradient was not finite ten times in a row; go on by"
     ):
         train.train([bad], dataclasses.replace(settings, steps=100))
+
+
+# --- Workers that die or stand still --------------------------------------------------------------
+
+
+class FaultyRead:
+    """Four pairs are read in each worker (a copy of this process), then something else happens."""
+
+    def __init__(self, fault):
+        self.fault, self.reads, self.read = fault, 0, train.LabeledPairs._read
+
+    def __call__(self, pairs, index):
+        self.reads += 1
+        return self.read(pairs, index) if self.reads <= 4 else self.fault()
+
+
+def unreadable():
+    raise data.DataError("sweep.feather: is torn")
+
+
+def bug():
+    raise ZeroDivisionError("a bug in a reader")
+
+
+@pytest.fixture
+def within(monkeypatch):
+    """A hang becomes an error after a minute."""
+
+    def stop(*_):
+        raise TimeoutError("this hangs")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def state_of(run: Path) -> dict:
+    return torch.load(run / "last.pt", weights_only=True)["state"]
+
+
+def killed():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def bus_error():
+    os.kill(os.getpid(), signal.SIGBUS)
+
+
+@pytest.mark.parametrize(
+    ("fault", "workers", "message"),
+    [
+        (killed, 2, "a worker died (exit code -9): killed, often for lack of memory; go on by --"),
+        (bus_error, 1, "a worker died (exit code -7): there is too little shared memory (/dev/shm"),
+        (unreadable, 2, "none of 4 pairs in a row can be read; the first: sweep.feather: is torn"),
+    ],
+)
+def test_a_worker_that_dies_ends_the_run_in_one_line_with_the_last_whole_step_saved(
+    tmp_path, own, within, fault, workers, message, monkeypatch, capfd
+):
+    own = [*own, "--steps", "8", "--workers", str(workers), "--checkpoint-every", "1000"]
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        read = FaultyRead(fault)
+        patch.setattr(train.LabeledPairs, "_read", lambda pairs, index: read(pairs, index))
+        start = time.monotonic()
+        assert commands.train_main(own) == 1
+    assert time.monotonic() - start < 30
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert message in line
+    assert state_of(run)["step"] == len(train.read_log(run)) >= 1
+    assert not multiprocessing.active_children()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if fault is killed:  # it goes on from there, to the weights of an undisturbed run
+        assert commands.train_main(["--resume", "--out", str(run), "--workers", "0"]) == 0
+        other = tmp_path / "undisturbed"
+        assert commands.train_main([*own, "--workers", "0", "--out", str(other)]) == 0
+        expected, found = weights(other), weights(run)
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_run_whose_workers_stand_still(tmp_path, own, within, number, monkeypatch):
+    """As they do when a network disk does not answer."""
+    read, run = FaultyRead(lambda: time.sleep(1000)), tmp_path / "run"
+    monkeypatch.setattr(train.LabeledPairs, "_read", lambda pairs, index: read(pairs, index))
+    sent = []
+
+    def send():
+        sent.append(time.monotonic())
+        os.kill(os.getpid(), number)
+
+    threading.Timer(8, send).start()
+    assert commands.train_main([*own, "--steps", "100", "--workers", "2"]) == 0
+    assert sent and time.monotonic() - sent[0] < 15
+    assert state_of(run)["step"] == len(train.read_log(run)) >= 1
+    assert not multiprocessing.active_children()
+
+
+def test_a_wait_of_a_minute_is_said(capsys):
+    class Slow:
+        """Gives a batch after 130 s, though nobody has to wait for it here."""
+
+        waits = 0
+
+        def __next__(self):
+            self.waits += 1
+            if self.waits <= 130:
+                raise RuntimeError("DataLoader timed out after 1 seconds")
+            return "a batch"
+
+    reader = runs.Reader(torch.utils.data.DataLoader([0]))
+    reader.loaded = Slow()
+    assert reader.next() == "a batch"
+    said = [line.split(";")[0] for line in capsys.readouterr().err.splitlines()]
+    assert said == [f"no pair has come for {seconds} s" for seconds in (60, 120)]
+
+
+def test_too_little_shared_memory_is_said_with_what_to_do(own, within, monkeypatch, capsys):
+    def full(tensor):
+        raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    assert commands.train_main([*own, "--workers", "1"]) == 1
+    (line,) = [each for each in capsys.readouterr().err.splitlines() if each.startswith("error")]
+    assert "too little shared memory (/dev/shm)" in line
+    assert "docker run --shm-size 8g" in line and "--workers 0" in line
+
+
+@pytest.mark.parametrize("where", ["step", "worker"])
+def test_a_bug_ends_the_process_with_its_traceback_within_seconds(tmp_path, own, where):
+    script = tmp_path / "bug.py"
+    script.write_text(
+        "import sys, time, commands, train, zeroflow\n"
+        "def bug(*arguments):\n"
+        "    print('the bug, at', time.time(), file=sys.stderr, flush=True)\n"
+        "    raise ZeroDivisionError('a bug')\n"
+        "if sys.argv[1] == 'step':\n"
+        "    zeroflow.distillation_loss = bug\n"
+        "else:\n"
+        "    train.LabeledPairs._read = bug\n"
+        "sys.exit(commands.train_main(sys.argv[2:]))\n"
+    )
+    command = [sys.executable, str(script), where, *own, "--workers", "1"]
+    path = {"PYTHONPATH": str(Path(train.__file__).parent)}
+    done = subprocess.run(
+        command, env=os.environ | path, capture_output=True, text=True, timeout=120
+    )
+    ended = time.time()
+    assert done.returncode == 1 and done.stderr.rstrip().endswith("ZeroDivisionError: a bug")
+    last = re.findall(r"the bug, at ([0-9.]+)", done.stderr)[-1]
+    assert ended - float(last) < 20
+
+
+# --- What other versions, full disks and kills leave behind ---------------------------------------
+
+
+def test_a_checkpoint_of_another_version_goes_on_and_what_differs_is_reported(
+    tmp_path, own, capsys
+):
+    own = [*own, "--steps", "6"]
+    assert commands.train_main([*own, "--out", str(tmp_path / "undisturbed")]) == 0
+    run = tmp_path / "run"
+    assert drive("step", [*own, "--checkpoint-every", "2"]).returncode == -signal.SIGKILL
+    checkpoint = torch.load(run / "last.pt", weights_only=True)
+    checkpoint["train_settings"]["ema"] = 0.9
+    del checkpoint["train_settings"]["rate_hz"], checkpoint["state"]["validated"]
+    names = itertools.cycle(["module.", "_orig_mod.", "module._orig_mod.", ""])
+    model = {next(names) + name: tensor for name, tensor in checkpoint["model"].items()}
+    torch.save(checkpoint | {"model": model}, run / "last.pt")
+    capsys.readouterr()
+    assert commands.train_main(["--resume", "--out", str(run)]) == 0
+    (line,) = [each for each in capsys.readouterr().err.splitlines() if "last.pt" in each]
+    assert "another version: validated is not stored, now 0; ema is unknown here and" in line
+    assert line.endswith("ignored; rate_hz is not stored, now 10.0")
+    expected, found = weights(tmp_path / "undisturbed"), weights(run)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+    # What cannot be used is refused in one line.
+    for part, name, value, message in (
+        ("train_settings", "lr", "fast", "not the checkpoint of a run (lr is 'fast')"),
+        ("train_settings", "data", (1,), "not the checkpoint of a run (data is (1,))"),
+        ("train_settings", "model", "huge", "not the checkpoint of a run (model is 'huge')"),
+        ("state", "step", None, "not the checkpoint of a run (step is None)"),
+        ("model", "head.decoder.0.bias", torch.ones(7), "does not fit a narrow student (Error"),
+        ("optimizer", "param_groups", [], "does not fit a narrow student (loaded state dict has"),
+    ):
+        broken = checkpoint | {"model": found}
+        torch.save(broken | {part: broken[part] | {name: value}}, run / "last.pt")
+        assert commands.train_main(["--resume", "--out", str(run)]) == 1
+        (line,) = [e for e in capsys.readouterr().err.splitlines() if e.startswith("error")]
+        assert message in line and line.endswith(f"copy {run / 'best.pt'} over it")
+
+
+def test_a_log_that_is_torn_or_holds_something_else_does_not_stop_a_resume(tmp_path, capsys):
+    settings = dataclasses.replace(STREET, steps=3, checkpoint_every=1)
+    train.train(samples_that_move(), settings, tmp_path)
+    good = (tmp_path / "log.jsonl").read_bytes().splitlines()
+    for bad in (b"\xff\xfe", b"17", b"null", b"[1]", b'{"step": 1}', b'{"loss"', b"[" * 100_000):
+        (tmp_path / "log.jsonl").write_bytes(b"\n".join([good[0], bad, *good[1:], b'{"st']))
+        assert [line["step"] for line in train.read_log(tmp_path)] == [1, 2, 3]
+        what = "1 of 5 lines cannot be read and are left out; the first is line 2"
+        assert f"{tmp_path / 'log.jsonl'}: {what}" in capsys.readouterr().err
+    more = dataclasses.replace(settings, steps=4, resume=True)
+    train.train(samples_that_move(), more, tmp_path)
+    capsys.readouterr()
+    assert [line["step"] for line in train.read_log(tmp_path)] == [1, 2, 3, 4]
+    (tmp_path / "log.jsonl").write_bytes(b"\n".join([*good, b'{"st']))  # torn by a kill: normal
+    assert len(train.read_log(tmp_path)) == 3 and not capsys.readouterr().err
+    for value in ('"1"', "null", "[]", "1" + 400 * "0"):
+        line = b'{"step": 1, "weight": "none", "loss": ' + value.encode() + b"}\n"
+        (tmp_path / "log.jsonl").write_bytes(line + good[0] + b"\n")
+        assert train.read_log(tmp_path) == [json.loads(good[0])], value
+
+
+def test_a_validation_that_was_killed_is_made_up_for_after_a_resume(tmp_path):
+    """Whether its line is in the log already or not; and one that was finished is not repeated."""
+    settings, calls = dataclasses.replace(STREET, steps=4, validate_every=2), []
+
+    def validate(model):
+        calls.append(1)
+        if len(calls) == 2:
+            raise InterruptedError("killed")
+        return {"paper_three_way": 1 / len(calls), "bucketed_dynamic_mean": 1.0}
+
+    settings = dataclasses.replace(settings, steps=6)
+    with pytest.raises(InterruptedError):
+        train.train(samples_that_move(), settings, tmp_path, validate)
+    assert train.newest_checkpoint(tmp_path)["state"]["step"] == 4
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"step": 4, "paper_three_way": 9.0, "bucketed_dynamic_mean": 9.0}\n')
+    again = dataclasses.replace(settings, resume=True)
+    assert train.train(samples_that_move(), again, tmp_path, validate) is not None
+    scores = [line for line in train.read_log(tmp_path) if "paper_three_way" in line]
+    assert [line["step"] for line in scores] == [2, 4, 6]
+    assert [line["paper_three_way"] for line in scores] == [1, 1 / 3, 1 / 4]
+    assert train.train(samples_that_move(), again, tmp_path, validate) is not None
+    assert len(calls) == 4 and len(train.read_log(tmp_path)) == 9
+
+
+def test_a_full_disk_is_one_line_and_the_old_checkpoint_stays(tmp_path, own, monkeypatch, capsys):
+    own, run = [*own, "--steps", "4", "--checkpoint-every", "2"], tmp_path / "run"
+    full = OSError(errno.ENOSPC, "No space left on device")
+
+    def fails(*_):
+        raise full
+
+    class FullDisk(io.FileIO):
+        write = fails
+
+    def opened(file, *mode):
+        is_checkpoint = ".last.pt." in str(file) and (run / "last.pt").exists()
+        return FullDisk(file, *mode) if is_checkpoint else open(file, *mode)
+
+    def after_the_first(function):
+        return lambda *args: fails() if (run / "last.pt").exists() else function(*args)
+
+    for target, name, value in (
+        (data, "open", opened),
+        (os, "fsync", after_the_first(os.fsync)),
+        (os, "replace", after_the_first(os.replace)),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(target, name, value, raising=False)
+            assert commands.train_main(own) == 1
+        (line,) = [e for e in capsys.readouterr().err.splitlines() if e.startswith("error")]
+        assert "cannot be written (No space left on device); what was there is unchanged" in line
+        assert str(run / "last.pt") in line
+        assert {file.name for file in run.iterdir()} == {"last.pt", "log.jsonl", "settings.json"}
+        assert state_of(run)["step"] == 0
+        shutil.rmtree(run)
+
+    # The log may be what no longer fits.
+    log = train.Log(tmp_path / "log", 0, 0, STREET)
+    log.file = FullDisk(tmp_path / "log" / "log.jsonl", "a")
+    with pytest.raises(
+        OSError, match=r"cannot be written \(No space left on device\); make room"
+    ) as e:
+        log.write({"step": 1})
+    assert e.value.filename == str(tmp_path / "log" / "log.jsonl")
+
+
+# --- What a run should tell -----------------------------------------------------------------------
+
+
+def test_validation_on_pairs_that_are_learned_from_is_said_and_the_same_data_twice_refused(
+    tmp_path, own, street_folder, capsys
+):
+    own = [*own, "--steps", "1"]
+    assert commands.train_main([*own, "--val", str(street_folder)]) == 0
+    what = f"--val {street_folder}: 4 of its 4 pairs are also learned from; its errors are lower"
+    assert what in capsys.readouterr().err
+    (tmp_path / "other").mkdir()
+    log = sorted(street_folder.iterdir())[0]
+    shutil.copytree(log, tmp_path / "other" / "another_log")
+    more = ["--val", str(tmp_path / "other"), "--out", str(tmp_path / "second")]
+    assert commands.train_main([*own, *more]) == 0
+    assert "also learned from" not in capsys.readouterr().err
+    (tmp_path / "link").symlink_to(street_folder)
+    for other in (str(street_folder) + "/", str(tmp_path / "link")):
+        twice = [*own, "--data", str(street_folder), other, "--labels", "a", "b"]
+        assert commands.train_main([*twice, "--out", str(tmp_path / "third")]) == 1
+        assert "is given twice, so its pairs would count twice" in capsys.readouterr().err
+
+
+def test_the_time_between_sweeps_reaches_the_loss_and_options_of_clouds_their_reader(
+    tmp_path, street, monkeypatch
+):
+    labels.label_dataset(street, tmp_path, QUICK_TEACHER, workers=1)
+    stamps = street.pair_keys[0][1:]
+    sample = train.LabeledPairs(street, tmp_path)[0]
+    assert sample.seconds == (stamps[1] - stamps[0]) / 1e9 == 0.1
+    seen, loss = [], zeroflow.distillation_loss
+
+    def spy(*arguments):
+        seen.append(arguments[5])
+        return loss(*arguments)
+
+    monkeypatch.setattr(zeroflow, "distillation_loss", spy)
+    samples = [each._replace(seconds=0.05 * (i + 1)) for i, each in enumerate(samples_that_move(3))]
+    settings = dataclasses.replace(STREET, steps=1, batch_size=3, micro_batch=3)
+    train.train(samples, settings)
+    assert seen == [tuple(0.05 * (i + 1) for i in train.batch_of(0, 3, settings))]
+
+    opened = []
+
+    def open_dataset(path, true_flow, **options):
+        opened.append(options)
+        return street
+
+    monkeypatch.setattr(data, "open_dataset", open_dataset)
+    train.open_and_report("clouds", dataclasses.replace(STREET, columns=5, min_range_m=0.0))
+    assert (opened[0]["columns"], opened[0]["min_range_m"]) == (5, 0.0)
+
+
+def test_the_small_student_takes_one_thread_and_larger_ones_all(monkeypatch):
+    seen, loss, threads = [], zeroflow.distillation_loss, torch.get_num_threads()
+
+    def spy(*arguments):
+        seen.append(torch.get_num_threads())
+        return loss(*arguments)
+
+    monkeypatch.setattr(zeroflow, "distillation_loss", spy)
+    try:
+        torch.set_num_threads(2)
+        train.train(samples_that_move(1), dataclasses.replace(STREET, steps=1))
+        assert seen == [1] and torch.get_num_threads() == 2
+        with train._threads(dataclasses.replace(STREET, model="normal")):
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
 
 
 # --- Several processes ----------------------------------------------------------------------------

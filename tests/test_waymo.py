@@ -4,6 +4,8 @@ Points are compared with a loop over pixels, and flow with arithmetic by hand.
 """
 
 import math
+import os
+import shutil
 import tracemalloc
 
 import numpy as np
@@ -288,7 +290,8 @@ def test_open_dataset_knows_a_split_by_its_folders_and_draws_pairs_from_it(tmp_p
     one = data.open_dataset(tmp_path / "validation", pairs_per_log=1)
     first = data.open_dataset(tmp_path / "validation", sweeps_per_log=2)
     assert one.pair_keys == first.pair_keys == pairs.pair_keys[:1]
-    for option in ({"ground": "raster"}, {"poses": "p"}, {"rate_hz": 5}):
+    options = ({"ground": "raster"}, {"poses": "p"}, {"rate_hz": 5}, {"columns": 5})
+    for option in (*options, {"min_range_m": 0}):
         message = f"validation: {next(iter(option))} .* is not for Waymo's"
         with pytest.raises(data.DataError, match=message):
             data.open_dataset(tmp_path / "validation", **option)
@@ -562,6 +565,197 @@ def test_a_pose_that_is_missing_makes_a_gap(tmp_path):
     write_segment(tmp_path, pose_stamps=STAMPS[:1] + STAMPS[2:], stamps=STAMPS)
     pairs = waymo.WaymoPairs(tmp_path)
     assert len(pairs) == 0 and "the next sweep is 0.20 s later" in pairs.skipped[0]
+
+
+# --- Wrong poses, and truth that disappears or is invented ----------------------------------------
+
+
+def test_poses_that_no_vehicle_can_follow_are_refused(tmp_path):
+    """The second sweep's pose is 10 m to the side: 100 m/s to it, and 100 m/s back."""
+    write_segment(tmp_path)
+    rows = parquet.read_table(tmp_path / "vehicle_pose" / "seg.parquet")
+    moved = rows.to_pylist()
+    moved[1][TRANSFORM][7] += 10
+    parquet.write_table(
+        pyarrow.Table.from_pylist(moved, rows.schema), tmp_path / "vehicle_pose" / "seg.parquet"
+    )
+    pairs = waymo.WaymoPairs(tmp_path)
+    for key in pairs.pair_keys:
+        stamps = f"{key.timestamp0_ns} and {key.timestamp1_ns} ns"
+        with pytest.raises(
+            data.DataError, match=rf"vehicle_pose/seg.parquet: wrong poses .* {stamps} \(\d+ m/s"
+        ):
+            pairs.read(key)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"[LiDARBoxComponent].num_lidar_points_in_box": 0}, "no box contains a point"),
+        ({"key.frame_timestamp_micros": STAMPS[0] * 1000}, "no time stamp .* equals a sweep's"),
+        ({"key.laser_object_id": ""}, "a track id is missing, or twice in one sweep"),
+        ({"key.laser_object_id": "car"}, "a track id is missing, or twice in one sweep"),
+        ({"[LiDARBoxComponent].box.size.y": 0.0}, "a box has a size or pose .* or a size of 0"),
+    ],
+)
+def test_boxes_from_which_motion_would_be_lost_or_invented_are_refused(tmp_path, change, message):
+    boxes = []
+    for stamp in (0, 1):
+        for track, x in (("car", 10), ("other", 20)):
+            boxes.append(box(stamp, track, pose(0, 0, 0, x, 0, 1)) | change)
+    write_segment(tmp_path, boxes=boxes)
+    with pytest.raises(data.DataError, match=f"lidar_box/seg.parquet: {message}"):
+        waymo.WaymoPairs(tmp_path)[0]
+
+
+def test_a_file_without_boxes_is_reported_once(tmp_path, capsys):
+    write_segment(tmp_path, boxes=[])
+    pairs = waymo.WaymoPairs(tmp_path)
+    for pair in pairs:
+        assert pair.flow.abs().max() == 0
+    (note,) = pairs.notes
+    assert note.endswith(
+        "lidar_box/seg.parquet: sweeps without boxes: all their points count as background"
+    )
+    assert capsys.readouterr().err == note + "\n"
+
+
+# --- Odd files and folders ------------------------------------------------------------------------
+
+
+def _twice(column):
+    def break_it(file):
+        table = parquet.read_table(file)
+        parquet.write_table(table.append_column(column, table[column]), file)
+
+    return break_it
+
+
+def _wrapped(column):
+    """Every value of a column becomes a list of itself."""
+
+    def break_it(file):
+        table = parquet.read_table(file)
+        lists = pyarrow.array([[value] for value in table[column].to_pylist()])
+        parquet.write_table(table.set_column(table.column_names.index(column), column, lists), file)
+
+    return break_it
+
+
+def _scalar(column, value):
+    def break_it(file):
+        table = parquet.read_table(file)
+        values = pyarrow.array([value] * table.num_rows)
+        parquet.write_table(
+            table.set_column(table.column_names.index(column), column, values), file
+        )
+
+    return break_it
+
+
+HEADING = "[LiDARBoxComponent].box.heading"
+
+
+@pytest.mark.parametrize(
+    ("tag", "break_it", "message"),
+    [
+        ("vehicle_pose", _twice(TRANSFORM), r"has no columns .*, or has them twice"),
+        ("lidar_box", _twice(HEADING), r"has no columns .*, or has them twice"),
+        ("lidar_box", _wrapped(HEADING), "the column .*heading is list<"),
+        ("lidar_box", _wrapped("key.laser_object_id"), "the column .*object_id is list<"),
+        ("lidar_box", _wrapped("[LiDARBoxComponent].type"), "the column .*type is list<"),
+        ("lidar_box", _scalar(HEADING, True), "the column .*heading is bool"),
+        ("lidar", _scalar(f"{waymo.RANGE_IMAGE}.values", 1.0), "the column .*values is double"),
+        ("lidar", _wrapped(f"{waymo.RANGE_IMAGE}.values"), "the column .*values is list<"),
+        ("lidar_pose", _scalar(f"{waymo.PIXEL_POSES}.shape", 6), "the column .*shape is int64"),
+        ("vehicle_pose", _set(TRANSFORM, [None] * 16), "a transform in it is not a pose"),
+        ("vehicle_pose", _scalar(TRANSFORM, 1.0), "the column .*transform is double"),
+        ("vehicle_pose", _retyped(TRANSFORM, pyarrow.list_(pyarrow.string())), "is list<"),
+        (
+            "lidar_calibration",
+            _scalar(f"{waymo.INCLINATION}.min", "low"),
+            "the column .*min is string",
+        ),
+    ],
+)
+def test_odd_columns_are_named(tmp_path, tag, break_it, message):
+    write_segment(tmp_path, boxes=[box(0, "car", np.eye(4))])
+    break_it(tmp_path / tag / "seg.parquet")
+    with pytest.raises(data.DataError, match=f"{tag}/seg.parquet: .*{message}"):
+        waymo.WaymoPairs(tmp_path)[0]
+
+
+def test_object_ids_may_be_a_dictionary(tmp_path):
+    """Tables that went through pandas have one for repeated text."""
+    write_segment(tmp_path, boxes=[box(i, "car", pose(0, 0, 0, 9, 0, 1)) for i in (0, 1)])
+    file = tmp_path / "lidar_box" / "seg.parquet"
+    table = parquet.read_table(file)
+    name = "key.laser_object_id"
+    column = table[name].dictionary_encode()
+    parquet.write_table(table.set_column(table.column_names.index(name), name, column), file)
+    assert waymo.WaymoPairs(tmp_path)[0].is_valid.all()
+
+
+def test_a_null_among_the_inclinations_loses_only_that_beam(tmp_path):
+    write_segment(tmp_path / "whole")
+    write_segment(tmp_path / "torn")
+    _set(f"{waymo.INCLINATION}.values", [None, *INCLINATIONS[1:]])(
+        tmp_path / "torn" / "lidar_calibration" / "seg.parquet"
+    )
+    whole, torn = (waymo.WaymoPairs(tmp_path / name)[0].pc0 for name in ("whole", "torn"))
+    is_lost = torn.isnan().any(dim=1)
+    lowest_beam = int((ranges_of(0)[-1] > 0).sum())
+    assert is_lost.sum() == lowest_beam and torch.equal(torn[~is_lost], whole[~is_lost])
+
+
+def test_a_range_that_is_not_finite_is_no_point(tmp_path):
+    write_segment(tmp_path)
+
+    def change(rows):
+        rows[0][f"{IMAGE}.values"][0] = math.nan
+        rows[0][f"{IMAGE}.values"][4] = 3e38
+        return rows
+
+    clean = waymo.WaymoPairs(tmp_path)[0].pc0
+    waymo._read_sweep.cache_clear()
+    waymo._Images.cache_clear()
+    _rows(change)(tmp_path / "lidar" / "seg.parquet")
+    pc0 = waymo.WaymoPairs(tmp_path)[0].pc0
+    assert pc0.isfinite().all(dim=1).sum() >= clean.isfinite().all(dim=1).sum() - 2
+    assert pc0.nan_to_num().abs().max() < 100
+
+
+def test_names_that_are_not_utf8_and_what_a_mac_adds(tmp_path):
+    split = tmp_path / os.fsdecode(b"caf\xe9") / "~"
+    write_segment(tmp_path / "plain")
+    shutil.copytree(tmp_path / "plain", split)
+    for tag in ("lidar", "vehicle_pose"):
+        (split / tag / "._seg.parquet").write_bytes(b"\x00\x05\x16\x07")
+        (split / tag / os.fsdecode(b"\xff.parquet")).write_bytes(b"never read")
+    pairs = data.open_dataset(split)
+    assert {key.log_id for key in pairs.pair_keys} == {"seg"}
+    assert torch.equal(pairs[0].pc0, data.open_dataset(tmp_path / "plain")[0].pc0)
+    (line,) = pairs.skipped
+    assert "cannot be used" in line and "rename it" in line
+
+
+def test_where_no_segment_can_be_used_the_reason_is_in_the_error(tmp_path, monkeypatch):
+    write_segment(tmp_path)
+    (tmp_path / "vehicle_pose" / "seg.parquet").write_bytes(b"PAR1")
+    with pytest.raises(
+        data.DataError, match=r"1 skipped: .*vehicle_pose/seg.parquet: not a whole parquet file"
+    ):
+        data.open_dataset(tmp_path)
+    listdir = os.listdir
+
+    def refuses(path):
+        if str(path) == str(tmp_path / "lidar"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", refuses)
+    with pytest.raises(data.DataError, match="lidar: cannot be read .*Permission denied"):
+        data.open_dataset(tmp_path)
 
 
 # --- A segment written in the published schema ----------------------------------------------------

@@ -53,6 +53,37 @@ def test_the_loss_by_hand():
     )
 
 
+def test_a_speed_counts_by_the_real_time_between_the_sweeps():
+    """7 cm are 0.7 m/s at 10 Hz (weight 0.46), 1.4 m/s at 20 Hz (1) and 0.35 m/s at 5 Hz (0.1)."""
+    label, estimate = torch.tensor([[0.07, 0, 0]]), torch.tensor([[0.07, 0.5, 0]])
+    mask = torch.ones(1, dtype=torch.bool)
+    one = ([estimate], [label], [mask])
+    for seconds, weight in ((0.1, 0.46), (0.05, 1.0), (0.2, 0.1)):
+        loss = zeroflow.distillation_loss(*one, seconds=[seconds])
+        assert loss.item() == pytest.approx(weight * 0.5)
+    assert zeroflow.distillation_loss(*one) == zeroflow.distillation_loss(*one, seconds=[0.1])
+    both = zeroflow.distillation_loss(*(2 * part for part in one), seconds=[0.1, 0.05])
+    assert both.item() == pytest.approx((0.46 + 1.0) * 0.5)
+
+
+def test_the_method_in_memory_knows_the_time_between_the_sweeps(street, monkeypatch):
+    """With 0.05 s between the sweeps of the pair, and one step: the loss gets that time."""
+    seen, loss = [], zeroflow.distillation_loss
+    monkeypatch.setattr(
+        zeroflow, "distillation_loss", lambda *a, **more: seen.append(more) or loss(*a, **more)
+    )
+    pair = dataclasses.replace(street[0], timestamp1_ns=street[0].timestamp0_ns + 50_000_000)
+    teacher = dataclasses.replace(nsfp.TEACHERS["fast"], iterations=2, priors=1)
+    zeroflow.distill([pair], teacher, fastflow3d.MODELS["narrow"], steps=1)
+    assert seen == [{"seconds": [0.05]}]
+
+
+def test_a_label_knows_its_input(street):
+    quick = dataclasses.replace(nsfp.TEACHERS["fast"], iterations=2, priors=1)
+    found = [label.fingerprint for label in zeroflow.make_labels(list(street), quick)]
+    assert found == [pair.fingerprint for pair in street] and len(set(found)) == len(street)
+
+
 def test_no_rows_give_a_loss_of_zero_that_can_be_stepped_on():
     estimate = torch.zeros(2, 3, requires_grad=True)
     loss = zeroflow.distillation_loss(
