@@ -420,12 +420,16 @@ def _unit_ns(largest: int | float | Fraction) -> int | None:
 
 
 def read_pose(file: str | Path) -> np.ndarray:
-    """A rigid transform (4, 4) float64 from .npy or four lines of text. Raises DataError."""
+    """ego1_SE3_ego0 (4, 4) float64 from .npy or four lines of text. Raises DataError."""
     file = Path(file)
     with data.naming(file, "not a 4 x 4 pose as text or .npy"):
         if file.suffix.lower() == ".npy":
-            return check_pose(np.load(file, allow_pickle=False))
-        return check_pose(np.loadtxt(file.read_text(encoding="utf-8").splitlines()))
+            pose = check_pose(np.load(file, allow_pickle=False))
+        else:
+            pose = check_pose(np.loadtxt(file.read_text(encoding="utf-8").splitlines()))
+    with data.naming(file, "not the ego's motion from sweep 0 to 1", "give it in meters"):
+        data.check_ego_motion(pose, seconds=1.0)  # sweeps are closer in time than that
+    return pose
 
 
 def check_pose(pose: Array) -> np.ndarray:

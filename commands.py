@@ -497,6 +497,8 @@ def _load_student(arguments: argparse.Namespace) -> torch.nn.Module:
         model = fastflow3d.load_checkpoint(arguments.checkpoint)
     except ValueError as error:
         raise DataError(error) from error
+    if arguments.device == "cpu" and model.settings == fastflow3d.MODELS["narrow"]:
+        torch.set_num_threads(1)  # too small for two: beside a busy process, they wait for long
     return model.prepare_inference(getattr(torch, arguments.dtype)).to(arguments.device)
 
 

@@ -49,6 +49,7 @@ DYNAMIC_THRESHOLD_M = 0.05  # av2: a point that moves less than 5 cm per sweep i
 
 # More than this comes from a broken file: other units, another sweep's pose, mixed up tracks.
 MAX_EGO_SPEED_MPS, MAX_EGO_TURN_DEG_PER_S = 60.0, 120.0
+FARTHEST_POINT_M = 10_000.0  # from the middle of its sweep
 MAX_POINT_SPEED_MPS = 300.0  # reached by the ends of a bus if its box is turned around
 
 # av2 numbers its categories: 0 is NONE (background), then thirty names in alphabetical order.
@@ -796,9 +797,16 @@ def nan_bad_rows(points: np.ndarray) -> np.ndarray:
     """(N, 3) float64. A row that is not a point becomes all NaN, but stays where it is."""
     with np.errstate(invalid="ignore"):  # broken files may hold signaling NaN
         points = points.astype(np.float64)
-    # Over 1e9 covers what float32 cannot hold. One test of all is cheaper than one per row.
-    if not np.abs(points).max(initial=0) < 1e9:
-        points[~(np.abs(points) < 1e9).all(axis=1)] = np.nan
+    # One test of all is cheaper than one per row.
+    if not np.abs(points).max(initial=0) < FARTHEST_POINT_M:
+        points[~(np.abs(points) < 1e9).all(axis=1)] = np.nan  # more than float32 can hold
+        # A flipped bit can put a point a million meters away. (Clouds in city coordinates begin
+        # that far from their origin. If many points are astray, the file is: see check_points.)
+        is_finite = np.isfinite(points[:, 0])
+        middle = np.median(points[is_finite], axis=0) if is_finite.any() else np.zeros(3)
+        is_stray = np.abs(points - middle).max(axis=1) > FARTHEST_POINT_M
+        if is_stray.sum() < 0.1 * is_finite.sum():
+            points[is_stray] = np.nan
     # Many drivers write 0 0 0 where nothing came back.
     rows = np.flatnonzero(points[:, 0] == 0)
     points[rows[(points[rows] == 0).all(axis=1)]] = np.nan

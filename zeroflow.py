@@ -24,6 +24,12 @@ All steps see the same points: those that are not ground and lie in the student'
 
 from __future__ import annotations
 
+import os
+
+# torch's threads wait for each other by spinning, which takes the cores from whoever they wait for
+# if another process is busy, too. This lets them sleep; it works only before torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import contextlib
 import dataclasses
 import sys
@@ -423,13 +429,14 @@ def _add_to(
 
 
 def check_flow(flow: torch.Tensor, pair: SweepPair) -> None:
-    """Raise DataError if a flow (N0, 3) is not finite at a point that is."""
+    """Raise DataError if a flow (N0, 3) is not finite, or over 100 m long, at a point of pc0."""
     # NaN has no error: depending on the metric it would count as bad, as good, or not at all.
-    is_lost = ~flow.isfinite().all(dim=1) & pair.pc0.isfinite().all(dim=1)
+    is_short = (flow.abs() < 2 * max(GRID)).all(dim=1)  # False for NaN
+    is_lost = ~is_short & pair.pc0.isfinite().all(dim=1)
     if is_lost.any():
         raise DataError(
-            f"{tuple(pair.key)}: flow is not finite at {int(is_lost.sum())} points; "
-            "did the training diverge?"
+            f"{tuple(pair.key)}: flow is not finite, or over 100 m long, at "
+            f"{int(is_lost.sum())} points; did the training diverge?"
         )
 
 

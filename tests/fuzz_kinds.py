@@ -273,13 +273,18 @@ def read_pose(folder: Path, file: Path) -> Values:
 
 
 def read_one_cloud(folder: Path, file: Path) -> Values:
-    return {"points": clouds.read_cloud(file)}
+    return {"points": clouds.no_returns_to_nan(clouds.read_cloud(file))}
 
 
 def read_masks(folder: Path, file: Path, name: str) -> Values:
+    """What `submit` reads of masks."""
     split = data.open_dataset(folder / "split")
-    mask = challenge.ChallengeFiles(folder / name).mask(split[0])
-    return {"mask": mask, "count of scored points": 0 if mask is None else mask.sum()}
+    masks = challenge.ChallengeFiles(folder / name)
+    values = {}
+    for key in challenge._masked_members(split, masks).values():
+        mask = masks.mask(split.read(key))
+        values |= {f"mask of {key}": mask, f"count of scored points of {key}": mask.sum()}
+    return values
 
 
 def read_submission(folder: Path, file: Path, name: str) -> Values:

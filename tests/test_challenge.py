@@ -246,10 +246,10 @@ def test_a_submission_without_a_pair_or_with_nan_is_not_written(tmp_path, logs):
         is_sixth = torch.arange(len(pair.flow))[:, None] == 5
         return zeroflow.Estimate(torch.where(is_sixth, torch.nan, pair.flow), 0.0)
 
-    message = "flow is not finite at 1 points; did the training diverge"
+    message = "flow is not finite, or over 100 m long, at 1 points; did the training diverge"
     with pytest.raises(data.DataError, match=message):
         challenge.write_submission(tmp_path / "x.zip", logs, diverged, 2024)
-    with pytest.raises(data.DataError, match="flow is not finite at 1 points"):
+    with pytest.raises(data.DataError, match="100 m long, at 1 points"):
         zeroflow.evaluate(logs, diverged, max_broken=1)
     assert not list(tmp_path.iterdir())  # not even half of it
 

@@ -258,6 +258,9 @@ def test_poses_are_read_and_files_without_a_pose_are_named(tmp_path):
         np.savetxt(tmp_path / name, wrong)
         with pytest.raises(data.DataError, match=f"{name}: not a 4 x 4 pose"):
             clouds.read_pose(tmp_path / name)
+    np.savetxt(tmp_path / "far.txt", rigid(0, (0, 1e9, 0)))
+    with pytest.raises(data.DataError, match="far.txt: not the ego's motion .* vehicle does at"):
+        clouds.read_pose(tmp_path / "far.txt")
     (tmp_path / "words.txt").write_text("no pose")
     for name in ("words.txt", "nowhere.txt"):
         with pytest.raises(data.DataError, match=f"{name}: not a 4 x 4 pose"):

@@ -737,7 +737,7 @@ def test_a_bad_row_stays_a_row_without_ground_and_flow(street_folder, street, tm
             -np.inf,
             1e300,
         )
-        columns["x"][4], columns["y"][4] = 6e4, -6e4
+        columns["x"][4], columns["y"][4] = 6e3, -6e3
         feather.write_feather(pyarrow.table(columns), file)
     for ground in data.GROUNDS:
         expected, pair = (
@@ -1119,6 +1119,11 @@ def test_rows_without_a_return_are_no_points(street_folder, street, tmp_path):
     assert is_bad.all(axis=1).tolist() == [True, False, True, False, True]
     assert is_bad.any(axis=1).tolist() == is_bad.all(axis=1).tolist()
     assert data.nan_bad_rows(np.zeros((0, 3))).shape == (0, 3)
+    stray = np.random.default_rng(0).uniform(-50, 50, (100, 3))
+    stray[7, 1], stray[8, 2], stray[9, 0] = -3e7, np.inf, 2e30
+    for origin in (0, (6e5, 5.3e6, 500)):  # in ego and in city coordinates
+        is_bad = np.isnan(data.nan_bad_rows(stray + origin)).all(axis=1)
+        assert np.flatnonzero(is_bad).tolist() == [7, 8, 9]
     log, key = tmp_path / street.pair_keys[0].log_id, street.pair_keys[0]
     shutil.copytree(street_folder / log.name, log)
     file = log / "sensors" / "lidar" / f"{key.timestamp0_ns}.feather"
