@@ -595,6 +595,8 @@ def rigid(rotation: np.ndarray, translation: np.ndarray) -> np.ndarray:
 
 def poses_from_rows(values: np.ndarray) -> np.ndarray:
     """Transforms (..., 4, 4) from rows of POSE_COLUMNS (..., 7); NaN where a row is not a pose."""
+    if not values.size:
+        return np.zeros((*values.shape[:-1], 4, 4))  # SciPy before 1.16 refuses empty arrays
     # SciPy raises for a quaternion of zeros. Such rows get any rotation, and NaN as translation.
     quaternion = values[..., :4]
     is_rotation = (quaternion**2).sum(axis=-1, keepdims=True) > 1e-6  # False for NaN
@@ -843,8 +845,9 @@ def read_numbers(file: Path, table: pyarrow.Table, columns: Sequence[str]) -> np
 def stack(table: pyarrow.Table, columns: Sequence[str]) -> np.ndarray:
     """The named columns side by side, (rows, columns), in their own dtype."""
     arrays = [table[name].to_numpy() for name in columns]
-    if not {array.dtype.kind for array in arrays} <= set("fiuO"):  # O: with nulls, or text
-        raise TypeError(f"they are {[str(array.dtype) for array in arrays]}")
+    has_lists = any(pyarrow.types.is_nested(table[name].type) for name in columns)
+    if has_lists or not {array.dtype.kind for array in arrays} <= set("fiuO"):  # O: nulls, or text
+        raise TypeError(f"they are {[str(table[name].type) for name in columns]}")
     return np.stack(arrays, axis=1)
 
 

@@ -38,7 +38,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow
 from pyarrow import parquet
-from scipy.spatial.transform import Rotation
 
 import clouds
 import data
@@ -390,8 +389,9 @@ def _read_boxes(file: Path, pose_file: Path) -> dict[int, list[data.Box]]:
 
     # Boxes are in the vehicle frame of their stamp, and turned about z only.
     vehicle_SE3_boxes = np.tile(np.eye(4), (table.num_rows, 1, 1))
-    turns = np.outer(table[heading].to_pylist(), (0, 0, 1))  # (boxes, 3) rotation vectors
-    vehicle_SE3_boxes[:, :3, :3] = Rotation.from_rotvec(turns).as_matrix()
+    turn = data.read_numbers(file, table, [heading])[:, 0]  # (boxes,) rad
+    rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+    vehicle_SE3_boxes[:, :2, :2] = rotation.transpose(2, 0, 1)
     vehicle_SE3_boxes[:, :3, 3] = data.read_numbers(file, table, center)
     sizes = data.read_numbers(file, table, size)  # (boxes, 3) meters
 
@@ -451,7 +451,7 @@ def _check_columns(file: Path, table: pyarrow.Table | pyarrow.RecordBatch, nulla
     for name in table.schema.names:
         # What do the lists in a column of lists consist of? A dictionary has values, too.
         kind = table[name].type
-        is_list = pyarrow.types.is_nested(kind)
+        is_list = pyarrow.types.is_nested(kind) or pyarrow.types.is_fixed_size_list(kind)
         kind = getattr(kind, "value_type", kind)
 
         # Stamps and lasers are integers, and object ids may be text. All else is numbers.

@@ -506,7 +506,11 @@ TRANSFORM = "[VehiclePoseComponent].world_from_vehicle.transform"
             _set(TRANSFORM, [1.0] * 16),
             "a transform in it is not a pose .*no(t a)? rotation",
         ),
-        ("vehicle_pose", _set(TRANSFORM, None), r"nulls in the columns \['.*transform'\]"),
+        (
+            "vehicle_pose",
+            _set(TRANSFORM, None),  # pyarrow before 21 cannot read such a file
+            r"nulls in the columns \['.*transform'\]|not a whole parquet file .*size=16",
+        ),
         ("lidar_box", _set("[LiDARBoxComponent].box.heading", math.nan), BAD_BOX),
         ("lidar_box", _set("[LiDARBoxComponent].box.size.x", math.nan), BAD_BOX),
         (
