@@ -220,7 +220,8 @@ class CloudPairs(data.Pairs):
             problem = f"wrong poses of {names[0]} and {names[1]}, {key.seconds:g} s apart"
             with data.naming(self.pose_file, problem, "correct the poses or --rate-hz"):
                 data.check_ego_motion(sensor1_SE3_sensor0, key.seconds)
-        return data.make_pair(key, points, is_ground, sensor1_SE3_sensor0, {})
+        lidar = np.zeros(3)  # the sensor frame begins there
+        return data.make_pair(key, points, is_ground, sensor1_SE3_sensor0, {}, lidar)
 
 
 def no_returns_to_nan(points: np.ndarray, min_range_m: float = MIN_RANGE_M) -> np.ndarray:

@@ -118,6 +118,8 @@ class SweepPair:
     category: torch.Tensor | None = None  # (N0,) uint8, an index into CATEGORIES
     is_dynamic: torch.Tensor | None = None  # (N0,) bool, moves by DYNAMIC_THRESHOLD_M or more
     is_valid: torch.Tensor | None = None  # (N0,) bool, False if its object is gone in sweep 1
+    # Where the LiDAR stood in sweep 1; None where nobody tells where it is mounted.
+    lidar1: torch.Tensor | None = None  # (3,) float64, meters
 
     @property
     def key(self) -> PairKey:
@@ -387,7 +389,7 @@ class Argoverse2Pairs(Pairs):
             truth = dict(zip(TRUTH_FIELDS, values, strict=True))
             if not boxes0:
                 self.note(f"{folder}: sweeps without boxes: all their points count as background")
-        return make_pair(key, points, is_ground, ego1_SE3_ego0, truth)
+        return make_pair(key, points, is_ground, ego1_SE3_ego0, truth, log.lidar)
 
 
 def make_pair(
@@ -396,10 +398,12 @@ def make_pair(
     is_ground: list[np.ndarray],
     ego1_SE3_ego0: np.ndarray,
     truth: dict[str, np.ndarray],
+    lidar: np.ndarray | None = None,
 ) -> SweepPair:
     """A pair from two sweeps (N, 3) float64, each still in its own ego frame.
 
     truth: name in TRUTH_FIELDS -> values for sweep 0; empty where unknown.
+    lidar: (3,) where the LiDAR is mounted, in the ego frame, if that is known.
     """
     if truth:
         speed_mps = np.abs(truth["flow"]).max(initial=0) / max(abs(key.seconds), 1e-9)
@@ -407,7 +411,9 @@ def make_pair(
             found = f"its boxes move at {speed_mps:.0f} m/s between {key[1]} and {key[2]}"
             raise DataError(f"{key.log_id}: {found}; download its annotations again")
     # Sweep 1 moves into the frame of sweep 0 here. Only after that do points become float32.
-    points1_in_ego0 = transform(inverse(ego1_SE3_ego0), points[1])
+    ego0_SE3_ego1 = inverse(ego1_SE3_ego0)
+    points1_in_ego0 = transform(ego0_SE3_ego1, points[1])
+    lidar1 = None if lidar is None else torch.from_numpy(transform(ego0_SE3_ego1, lidar[None])[0])
     return SweepPair(
         torch.from_numpy(points[0].astype(np.float32)),
         torch.from_numpy(points1_in_ego0.astype(np.float32)),
@@ -415,6 +421,7 @@ def make_pair(
         torch.from_numpy(ego1_SE3_ego0),
         *key,
         **{name: torch.from_numpy(values) for name, values in truth.items()},
+        lidar1=lidar1,
     )
 
 
@@ -618,6 +625,7 @@ class Log:
     poses: dict[int, np.ndarray]  # time stamp -> (7,), see POSE_COLUMNS
     ground: Any  # GroundRaster or another map with `is_ground`, or "points" or "none"
     boxes: dict[int, list[Box]] | None  # by time stamp; None: unknown, or not wanted
+    lidar: np.ndarray | None  # (3,) where it is mounted, in the ego frame; None: unknown
 
     def city_SE3_ego(self, timestamp_ns: int) -> np.ndarray:
         remedy = "download the file again or remove the sweep"
@@ -647,7 +655,20 @@ def _read_log(folder: Path, true_flow: bool, ground: str) -> Log:
     poses = dict(zip(stamps, read_numbers(pose_file, table, POSE_COLUMNS), strict=True))
     annotation_file = folder / "annotations.feather"  # the test split has none
     boxes = _read_boxes(annotation_file) if true_flow and annotation_file.exists() else None
-    return Log(pose_file, poses, _read_ground(folder / "map", ground), boxes)
+    lidar_file = folder / "calibration" / "egovehicle_SE3_sensor.feather"
+    lidar = _read_lidar(lidar_file) if lidar_file.exists() else None
+    return Log(pose_file, poses, _read_ground(folder / "map", ground), boxes, lidar)
+
+
+def _read_lidar(file: Path) -> np.ndarray:
+    """(3,) where the LiDAR is mounted, in the ego frame: the middle of the two on the roof."""
+    columns = ["tx_m", "ty_m", "tz_m"]
+    table = read_feather(file, ["sensor_name", *columns])
+    is_lidar = [name in ("up_lidar", "down_lidar") for name in table["sensor_name"].to_pylist()]
+    places = read_numbers(file, table, columns)[is_lidar]  # (2, 3)
+    if len(places) == 0 or not np.abs(places).max() < 10:  # False for NaN
+        raise DataError(f"{file}: no lidar within 10 m of the ego; download it again or remove it")
+    return places.mean(axis=0)
 
 
 def _read_ground(folder: Path, ground: str) -> Any:

@@ -55,7 +55,7 @@ STREET_TEACHER = dataclasses.replace(nsfp.TEACHERS["fast"], priors=2, iterations
 
 # Raise it when the code of the street or the teacher changes so that the same settings give other
 # logs or labels. Otherwise everybody keeps what an older version has made.
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 
 
 def run(settings: train.TrainSettings, demo: DemoSettings) -> dict[str, dict[str, float]]:

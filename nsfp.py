@@ -68,20 +68,25 @@ class NSFPSettings:
     min_improvement: float = 5e-5  # decrease of the total loss that counts as improvement, in m²
     truncation_sq: float = 2.0  # *squared* distances from here on count as 0, in m² (so 1.41 m)
 
-    # The refinement, see `refine_flow`. Chodosh et al.'s numbers, from cluster_reach to min_motion.
+    # The refinement, see `refine_flow`.
 
     # clusters move rigidly: as their flow (flow), as sweep 1 confirms (sweep), or not (nsfp: none)
     refine: Literal["none", "flow", "sweep"] = "sweep"
-    cluster_reach: float = 0.4  # DBSCAN: two points closer than this are neighbors, in meters
+    # DBSCAN: two points closer than this are neighbors, in meters (chodosh: 0.4)
+    cluster_reach: float = 0.5
     cluster_points: int = 10  # DBSCAN: points within reach, itself included, that make a core
+    height_scale: float = 0.4  # factor on heights for DBSCAN: beams lie far apart (chodosh: 1)
     ransac_trials: int = 250  # RANSAC: at most this many motions of three points per cluster
     inlier_reach: float = 0.2  # RANSAC: largest distance between motion and flow, in meters
+    upright: bool = True  # motions turn about the vertical only, and keep heights (chodosh: False)
     min_motion: float = 0.05  # a cluster that moves less than this on average is static, in meters
     cluster_sample: int | None = 512  # points per cluster that estimate its motion (chodosh: all)
     # how many times less mean squared distance to sweep 1 a motion must leave than no motion
-    evidence: float = 1.7
+    evidence: float = 1.5
     confirm_reach: float = 0.3  # points farther than this from sweep 1 are unexplained, in meters
     icp_steps: int = 3  # steps of ICP, which fits the motion of a cluster to sweep 1 itself
+    final_icp_steps: int = 5  # more of them, for the motion that has won
+    join_reach: float = 1.5  # a point in no cluster may move like a cluster this close, in meters
 
     seed: int = 0  # of the networks' weights, the batches and RANSAC
 
@@ -117,26 +122,39 @@ _NSFP = NSFPSettings(
     cosine=False,
     patience=100,
     refine="none",
+    cluster_reach=0.4,
+    height_scale=1.0,
+    upright=False,
+    cluster_sample=None,
 )
 TEACHERS = {
     "fast": NSFPSettings(),
     "nsfp": _NSFP,
-    "chodosh": replace(_NSFP, refine="flow", cluster_sample=None),
+    "chodosh": replace(_NSFP, refine="flow"),
 }
 
 
-def estimate_flow(pc0: Tensor, pc1: Tensor, settings: NSFPSettings = TEACHERS["fast"]) -> Tensor:
+def estimate_flow(
+    pc0: Tensor,
+    pc1: Tensor,
+    settings: NSFPSettings = TEACHERS["fast"],
+    lidar1: Tensor | None = None,
+) -> Tensor:
     """Residual flow (N, 3) float32 in meters of every point of pc0 (N, 3), given pc1 (M, 3).
 
+    lidar1: (3,) where the LiDAR stood in sweep 1, in the frame of the points; see `refine_flow`.
     On a CPU the same seed gives the same flow. Where a cloud is empty the flow is zero. A fit that
     diverged gives a flow that is not finite, or absurdly long. Raises ValueError for another shape
     or dtype, or coordinates that are not finite.
     """
-    return estimate_flows([pc0], [pc1], settings)[0]
+    return estimate_flows([pc0], [pc1], settings, [lidar1])[0]
 
 
 def estimate_flows(
-    pc0s: Sequence[Tensor], pc1s: Sequence[Tensor], settings: NSFPSettings = TEACHERS["fast"]
+    pc0s: Sequence[Tensor],
+    pc1s: Sequence[Tensor],
+    settings: NSFPSettings = TEACHERS["fast"],
+    lidar1s: Sequence[Tensor | None] | None = None,
 ) -> list[Tensor]:
     """`estimate_flow` of several pairs; with `batch_points` they are fitted side by side."""
     for name, clouds in (("pc0", pc0s), ("pc1", pc1s)):
@@ -161,7 +179,8 @@ def estimate_flows(
             results[i] = flows[0]
         else:
             sweep1 = pc1s[i] if settings.refine == "sweep" else None
-            results[i] = refine_flow(pc0s[i], flows, sweep1, settings)
+            lidar1 = lidar1s[i] if lidar1s is not None else None
+            results[i] = refine_flow(pc0s[i], flows, sweep1, settings, lidar1)
     return results
 
 
@@ -424,6 +443,7 @@ def refine_flow(
     flow: Tensor,
     pc1: Tensor | None = None,
     settings: NSFPSettings = TEACHERS["fast"],
+    lidar1: Tensor | None = None,
 ) -> Tensor:
     """Flow (N, 3) by which each cluster of pc0 (N, 3) moves rigidly, from any flow (N, 3).
 
@@ -433,28 +453,30 @@ def refine_flow(
     far away; here it is the mean displacement of the points.
 
     With pc1 (M, 3), `flow` may be several candidates (K, N, 3). Each candidate's motion is fitted
-    to the points of pc1 (ICP), and the one that brings the cluster closest to them wins, if it does
-    so `evidence` times better than no motion. A point in no cluster is then a cluster of its own.
+    to the points of pc1 (ICP), and the one that brings the cluster closest to their surface wins,
+    if it does so `evidence` times better than no motion. A point in no cluster moves like the
+    nearest cluster that moves, if that is closer to sweep 1. With lidar1 (3,), where the LiDAR
+    stood in sweep 1, points that were hidden from there are no evidence.
 
     Raises ValueError for points or flow that are not finite.
     """
-    if not all(x is None or x.isfinite().all() for x in (pc0, flow, pc1)):
+    if not all(x is None or x.isfinite().all() for x in (pc0, flow, pc1, lidar1)):
         raise ValueError("points or flow to refine are NaN or infinite; cut those rows first")
     if len(pc0) == 0 or (pc1 is not None and len(pc1) == 0):
         return torch.zeros_like(pc0)  # nothing to move, or nothing that could confirm a motion
     points = pc0.detach().cpu().double()  # (N, 3)
     flows = flow.detach().cpu().double().reshape(-1, *pc0.shape)  # (K, N, 3)
 
-    # Which points move together? With pc1, a point in no cluster (-1) can be checked on its own.
-    cluster = find_clusters(points, settings.cluster_reach, settings.cluster_points)
-    is_alone = cluster < 0
-    if pc1 is not None:
-        cluster[is_alone] = cluster.max() + 1 + torch.arange(int(is_alone.sum()))
+    # Which points move together? A lidar's beams lie farther apart than the points of one beam, and
+    # things in a street do not stand on each other: so distances in height count less.
+    scale = torch.tensor([1.0, 1.0, settings.height_scale], dtype=torch.float64)
+    cluster = find_clusters(points * scale, settings.cluster_reach, settings.cluster_points)
     members = (cluster >= 0).nonzero()[:, 0]  # rows of pc0
+    result = flows[0].clone() if pc1 is None else torch.zeros_like(points)
     if len(members) == 0:
-        return flows[0].to(pc0)
+        return result.to(pc0)
 
-    # A motion has only six parameters: a sample of each cluster is enough to estimate it ...
+    # A motion has few parameters: a sample of each cluster is enough to estimate it ...
     sample = _sample_clusters(cluster, members, settings)  # rows of pc0
     points_s, cluster_s = points[sample], cluster[sample]
     candidates = []
@@ -463,15 +485,28 @@ def refine_flow(
         candidates.append(motions_by_ransac(points_s, moved_s, cluster_s, settings))
     motion = candidates[0]  # (C, 3, 4)
     if pc1 is not None:
-        motion = _confirmed_motions(points_s, candidates, cluster_s, pc1, settings)
+        surface = Surface(pc1.detach().cpu().double())
+        lidar1 = lidar1 if lidar1 is None else lidar1.cpu().double()
+        motion = _confirmed_motions(points_s, candidates, cluster_s, surface, lidar1, settings)
 
     # ... and then all its members move by it, or not at all if they move too little.
     displacement = move(points[members], motion, cluster[members]) - points[members]
     mean_displacement = mean_by_cluster(displacement.norm(dim=1), cluster[members])  # (C,) meters
-    is_static = mean_displacement < settings.min_motion
-    displacement[is_static[cluster[members]]] = 0.0
-    result = flows[0].clone()
+    is_static = (mean_displacement < settings.min_motion)[cluster[members]]
+    displacement[is_static] = 0.0
     result[members] = displacement
+    moving = members[~is_static]
+    if pc1 is None or len(moving) == 0:
+        return result.to(pc0)
+
+    # What is left are points in no cluster, such as those of the beam that grazes a roof.
+    loose = (cluster < 0).nonzero()[:, 0]
+    nearest = Neighbors(points[moving]).nearest(points[loose], settings.join_reach)
+    loose, nearest = loose[nearest < len(moving)], nearest[nearest < len(moving)]
+    moved = move(points[loose], motion, cluster[moving[nearest]])
+    reach = settings.confirm_reach
+    is_closer = surface.sq_distance(moved, reach) < surface.sq_distance(points[loose], reach)
+    result[loose[is_closer]] = (moved - points[loose])[is_closer]
     return result.to(pc0)
 
 
@@ -561,6 +596,7 @@ def motions_by_ransac(
     RANSAC (Fischler and Bolles, 1981): a trial fits a motion to three random points of a cluster,
     until half of its points agree with one. The final motion is fitted to all points that agree.
     """
+    fit = upright_motions if settings.upright else rigid_motions
     generator = torch.Generator().manual_seed(settings.seed)
     size = cluster.bincount()  # (C,)
     rows_by_cluster = cluster.argsort(stable=True)  # (N,) the rows of cluster 0, of cluster 1, ...
@@ -578,7 +614,7 @@ def motions_by_ransac(
         draw = torch.rand(len(active), 3, generator=generator) * size[active][:, None]
         triple = rows_by_cluster[start[active][:, None] + draw.long()].flatten()  # (3 A,)
         triple_slot = torch.arange(len(active)).repeat_interleave(3)
-        motion = rigid_motions(points[triple], moved[triple], triple_slot)  # (A, 3, 4)
+        motion = fit(points[triple], moved[triple], triple_slot)  # (A, 3, 4)
 
         # Keep it where more points agree with it than with the best so far.
         is_inlier = _is_inlier(points[rows], moved[rows], motion, slot, settings.inlier_reach)
@@ -597,7 +633,7 @@ def motions_by_ransac(
     # Three points carry the noise of the flow; a fit to all inliers averages it. A cluster with
     # fewer than three inliers keeps what it has.
     is_inlier = _is_inlier(points, moved, best_motion, cluster, settings.inlier_reach)
-    final = rigid_motions(points, moved, cluster, is_inlier.double())
+    final = fit(points, moved, cluster, is_inlier.double())
     return torch.where((best_count >= 3)[:, None, None], final, best_motion)
 
 
@@ -610,33 +646,146 @@ def _is_inlier(
 
 
 def _confirmed_motions(
-    points: Tensor, candidates: list[Tensor], cluster: Tensor, pc1: Tensor, settings: NSFPSettings
+    points: Tensor,
+    candidates: list[Tensor],
+    cluster: Tensor,
+    surface: Surface,
+    lidar1: Tensor | None,
+    settings: NSFPSettings,
 ) -> Tensor:
     """(C, 3, 4): per cluster the candidate that explains sweep 1 best after ICP, or no motion."""
-    sweep1, reach = Neighbors(pc1.detach().cpu().double()), settings.confirm_reach
 
-    def mismatch(motion: Tensor) -> Tensor:
-        """(C,) mean squared distance to sweep 1, in m²."""
+    def mismatch(moved: Tensor, cluster: Tensor, weight: Tensor | None = None) -> Tensor:
+        """(C,) mean squared distance to the surface of sweep 1, in m²."""
         # Out of reach must cost the most: else the best motion would be one away from everything.
-        distance = sweep1.distance(move(points, motion, cluster), reach, beyond=reach)
-        return mean_by_cluster(distance.square(), cluster)
+        distance_sq = surface.sq_distance(moved, settings.confirm_reach)
+        return mean_by_cluster(distance_sq + RANGE_NOISE_M**2, cluster, weight)
 
     # No motion is the one to beat, by the factor `evidence`.
-    best_motion = torch.eye(3, 4, dtype=torch.float64).expand_as(candidates[0])
-    best_mismatch = mismatch(best_motion) / settings.evidence
+    still = torch.eye(3, 4, dtype=torch.float64).expand_as(candidates[0])
+    best_motion, best_mismatch = still, mismatch(points, cluster) / settings.evidence
     for motion in candidates:
-        # ICP (Besl and McKay, 1992): match the moved points with sweep 1, fit a motion to the
-        # matches, repeat. Too few matches determine no motion; such a cluster keeps what it has.
-        for _ in range(settings.icp_steps):
-            partner, is_found = sweep1.partners(move(points, motion, cluster), reach)
-            fitted = rigid_motions(points, partner, cluster, is_found.double())
-            has_enough = cluster.bincount(is_found.double()) >= settings.cluster_points
-            motion = torch.where(has_enough[:, None, None], fitted, motion)
-        motion_mismatch = mismatch(motion)
+        motion = _fit_to_sweep(points, motion, cluster, surface, settings.icp_steps, settings)
+        motion_mismatch = mismatch(move(points, motion, cluster), cluster)
         is_better = motion_mismatch < best_mismatch
         best_motion = torch.where(is_better[:, None, None], motion, best_motion)
         best_mismatch = torch.minimum(motion_mismatch, best_mismatch)
+
+    # The few that seem to move are fitted better, and looked at twice. Clusters get new numbers.
+    seems_to_move = (best_motion != still).flatten(1).any(dim=1)  # (C,)
+    rows = seems_to_move[cluster].nonzero()[:, 0]
+    chosen, slot = cluster[rows].unique(return_inverse=True)
+    points, motion, steps = points[rows], best_motion[chosen], settings.final_icp_steps
+    motion = _fit_to_sweep(points, motion, slot, surface, steps, settings)
+
+    # The part of a wall that a parked car hides from sweep 1 seems to have gone, and the part that
+    # it uncovers, to have come. What was hidden must not speak for a motion.
+    moved, weight = move(points, motion, slot), None
+    if lidar1 is not None and len(rows):
+        is_hidden = hidden_points(points, moved, surface.neighbors.points, lidar1)
+        weight = (~is_hidden).double()
+    gain = mismatch(points, slot, weight) - settings.evidence * mismatch(moved, slot, weight)
+    best_motion = still.clone()
+    best_motion[chosen[gain > 0]] = motion[gain > 0]
     return best_motion
+
+
+def _fit_to_sweep(
+    points: Tensor,
+    motion: Tensor,
+    cluster: Tensor,
+    surface: Surface,
+    steps: int,
+    settings: NSFPSettings,
+) -> Tensor:
+    """(C, 3, 4): the motion of each cluster after some steps of ICP (Besl and McKay, 1992)."""
+    fit = upright_motions if settings.upright else rigid_motions
+    for _ in range(steps):
+        # Match the moved points with sweep 1, fit a motion to the matches, repeat. Too few matches
+        # determine no motion; such a cluster keeps what it has.
+        moved = move(points, motion, cluster)
+        partner, is_found = surface.neighbors.partners(moved, settings.confirm_reach)
+        fitted = fit(points, partner, cluster, is_found.double())
+        has_enough = cluster.bincount(is_found.double()) >= settings.cluster_points
+        motion = torch.where(has_enough[:, None, None], fitted, motion)
+    return motion
+
+
+RANGE_NOISE_M = 0.03  # of a lidar, at most: a smaller distance to a surface is as good as none
+
+
+class Surface:
+    """A sweep as a surface: around each point a small plane, as wide as the points lie apart there.
+
+    The distance from point to point misleads: it falls where the *pattern* of scan lines is shifted
+    onto that of the other sweep, along a wall that stands. Distances along a surface therefore
+    count only from its own spacing on.
+    """
+
+    def __init__(self, points: Tensor):
+        self.neighbors = Neighbors(points)  # (M, 3) float64
+        # Of the plane through a point and its neighbors, the normal is the direction in which they
+        # spread least: the first eigenvector of their covariance.
+        count = min(8, len(points))
+        distance, rows = self.neighbors.tree.query(points.numpy(), [*range(1, count + 1)])
+        around = points[torch.from_numpy(rows)]  # (M, 8, 3)
+        offset = around - around.mean(dim=1, keepdim=True)
+        self.normal = torch.linalg.eigh(offset.mT @ offset).eigenvectors[:, :, 0]  # (M, 3)
+        self.spacing = torch.from_numpy(distance)[:, min(3, count - 1)]  # (M,) to the third, m
+
+    def sq_distance(self, queries: Tensor, reach: float) -> Tensor:
+        """(N,) squared distance in m² of each query (N, 3) to the surface, reach² at most."""
+        points = self.neighbors.points
+        row = self.neighbors.nearest(queries, max_distance=1.0)
+        is_found, row = row < len(points), row.clamp(max=len(points) - 1)
+        offset = queries - points[row]  # (N, 3)
+        across = (offset * self.normal[row]).sum(dim=1)
+        along = (offset.square().sum(dim=1) - across.square()).clamp(min=0).sqrt()
+        beyond = (along - self.spacing[row]).clamp(min=0)
+        distance_sq = across.square() + beyond.square()
+        return torch.where(is_found, distance_sq, torch.inf).clamp(max=reach**2)
+
+
+def hidden_points(points: Tensor, moved: Tensor, pc1: Tensor, lidar1: Tensor) -> Tensor:
+    """(N,) bool: does something in pc1 (M, 3) stand between lidar1 (3,) and a point (N, 3)?
+
+    moved: (N, 3) where the point is claimed to be in sweep 1. Whatever hides it must be nearer than
+    both places, since a car that comes closer hides the place where it was.
+    """
+    margin_m, width = 0.5, 0.015  # how much nearer it must be; the ray's half width, in radians
+    ranges = (pc1 - lidar1).norm(dim=1).clamp(min=1e-6)  # (M,)
+    directions = cKDTree(((pc1 - lidar1) / ranges[:, None]).numpy())
+    distance = (points - lidar1).norm(dim=1).clamp(min=1e-6)  # (N,)
+    rays = ((points - lidar1) / distance[:, None]).numpy()
+    # SciPy gives row M where there is no further point so close to the ray: nothing hides there.
+    _, rows = directions.query(rays, [*range(1, 9)], distance_upper_bound=width)
+    nearest = torch.cat([ranges, ranges.new_tensor([torch.inf])])[torch.from_numpy(rows)].amin(1)
+    return nearest < torch.minimum(distance, (moved - lidar1).norm(dim=1)) - margin_m
+
+
+def upright_motions(
+    points: Tensor, moved: Tensor, cluster: Tensor, weight: Tensor | None = None
+) -> Tensor:
+    """`rigid_motions` that turn about the vertical only, and keep heights, as things on a road do.
+
+    Scan lines of the same height attract each other. Where they may, a car that comes nearer would
+    rise by several centimeters.
+    """
+    center = mean_by_cluster(points, cluster, weight)  # (C, 3)
+    moved_center = mean_by_cluster(moved, cluster, weight)
+    x, y, _ = (points - center[cluster]).unbind(dim=1)
+    moved_x, moved_y, _ = (moved - moved_center[cluster]).unbind(dim=1)
+    # The best angle has the sine and cosine of all offsets together.
+    parts = torch.stack([x * moved_x + y * moved_y, x * moved_y - y * moved_x], dim=1)
+    cosine, sine = mean_by_cluster(parts, cluster, weight).unbind(dim=1)  # (C,)
+    angle = torch.atan2(sine, cosine + 1e-12)  # 0 where a single place determines none
+    rotation = torch.zeros(len(center), 3, 3, dtype=torch.float64)
+    rotation[:, 0, 0] = rotation[:, 1, 1] = angle.cos()
+    rotation[:, 1, 0], rotation[:, 0, 1] = angle.sin(), -angle.sin()
+    rotation[:, 2, 2] = 1.0
+    translation = moved_center[:, :, None] - rotation @ center[:, :, None]  # (C, 3, 1)
+    translation[:, 2] = 0.0
+    return torch.cat([rotation, translation], dim=2)
 
 
 def rigid_motions(

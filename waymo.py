@@ -122,8 +122,8 @@ class WaymoPairs(data.Pairs):
         Raises DataError naming the file that is missing or broken.
         """
         file_name = f"{key.log_id}.parquet"
-        points0, is_ground0 = _read_sweep(self.split, file_name, key.timestamp0_ns)
-        points1, is_ground1 = _read_sweep(self.split, file_name, key.timestamp1_ns)
+        points0, is_ground0, _ = _read_sweep(self.split, file_name, key.timestamp0_ns)
+        points1, is_ground1, lidar = _read_sweep(self.split, file_name, key.timestamp1_ns)
 
         pose_file = self.split / "vehicle_pose" / file_name
         world_SE3_ego0 = _world_SE3_vehicle(pose_file, key.timestamp0_ns)
@@ -151,15 +151,21 @@ class WaymoPairs(data.Pairs):
         # change the cached arrays. Masks are copied here, and points by `make_pair`, which makes
         # them float32.
         is_ground = [is_ground0.copy(), is_ground1.copy()]
-        return data.make_pair(key, [points0, points1], is_ground, ego1_SE3_ego0, truth)
+        points = [points0, points1]
+        return data.make_pair(key, points, is_ground, ego1_SE3_ego0, truth, lidar)
 
 
 # --- From a range image to points -----------------------------------------------------------------
 
 
 @functools.lru_cache(maxsize=4)  # consecutive pairs share a sweep; 4 MB each
-def _read_sweep(split: Path, file_name: str, timestamp_ns: int) -> tuple[np.ndarray, np.ndarray]:
-    """Points (N, 3) float64 in the vehicle frame of the sweep's stamp, and is_ground (N,) bool."""
+def _read_sweep(
+    split: Path, file_name: str, timestamp_ns: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Points (N, 3) float64, is_ground (N,) bool, and where the LiDAR is mounted (3,).
+
+    Points and place are in the vehicle frame of the sweep's stamp.
+    """
     lidar_file = split / "lidar" / file_name
     range_image = _Images(lidar_file, RANGE_IMAGE).read(timestamp_ns, ("H", "W", 4))
     height, width = range_image.shape[:2]
@@ -181,7 +187,7 @@ def _read_sweep(split: Path, file_name: str, timestamp_ns: int) -> tuple[np.ndar
     except ValueError as error:
         micros = timestamp_ns // 1000
         raise data.DataError(f"{lidar_file}: {error} at {micros} us; download it again") from error
-    return points, clouds.is_ground_without_map(points)
+    return points, clouds.is_ground_without_map(points), vehicle_SE3_lidar[:3, 3]
 
 
 def range_image_to_points(

@@ -131,7 +131,8 @@ def make_labels(
         pc0s.append(pair.pc0[has_flow].to(device))
         pc1s.append(pair.pc1[is_target].to(device))
 
-    estimates = [flow.cpu() for flow in nsfp.estimate_flows(pc0s, pc1s, settings)]
+    lidar1s = [pair.lidar1 for pair in pairs]
+    estimates = [flow.cpu() for flow in nsfp.estimate_flows(pc0s, pc1s, settings, lidar1s)]
     seconds = (time.perf_counter() - start) / max(1, len(pairs))
 
     labels = []

@@ -198,6 +198,7 @@ def read_pairs(folder: Path, file: Path, counted: str = "", **options) -> Values
         pair = pairs[i]
         values |= {f"points 0 of pair {i}": pair.pc0, f"points 1 of pair {i}": pair.pc1}
         values |= {f"mask 0 of pair {i}": pair.is_ground0, f"mask 1 of pair {i}": pair.is_ground1}
+        values |= {} if pair.lidar1 is None else {f"pose of the lidar {i}": pair.lidar1}
         for name in data.TRUTH_FIELDS:
             if getattr(pair, name) is not None:
                 values[f"{name} of pair {i}"] = getattr(pair, name)
@@ -343,6 +344,7 @@ _LOG = "split/*"
 KINDS = {
     "av2-sweep": Kind("table", "street", f"{_LOG}/sensors/lidar/*0001*.feather", read_pairs),
     "av2-poses": Kind("table", "street", f"{_LOG}/city_SE3_egovehicle.feather", _with_ground),
+    "av2-calibration": Kind("table", "street", f"{_LOG}/calibration/*.feather", read_pairs),
     "av2-annotations": Kind("table", "street", f"{_LOG}/annotations.feather", _with_truth),
     "av2-raster": Kind("npy", "street", f"{_LOG}/map/*.npy", _by_raster),
     "av2-sim2": Kind("json", "street", f"{_LOG}/map/*Sim2*", _by_raster),

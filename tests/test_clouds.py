@@ -327,6 +327,8 @@ def test_a_folder_of_clouds_with_kittis_poses_is_a_data_set(tmp_path):
         pairs[0].ego1_SE3_ego0, np.linalg.inv(DRIVE[1]) @ DRIVE[0], atol=1e-12
     )
     assert pairs[0].flow is None and not pairs[0].is_ground0.any()
+    sensor0_SE3_sensor1 = np.linalg.inv(DRIVE[0]) @ DRIVE[1]
+    np.testing.assert_allclose(pairs[0].lidar1, sensor0_SE3_sensor1[:3, 3], atol=1e-12)
     assert [
         key.timestamp0_ns for key in data.open_dataset(tmp_path / "drive", rate_hz=5).pair_keys
     ] == [0, 2e8, 4e8]

@@ -225,6 +225,26 @@ def test_a_box_without_points_in_either_sweep_is_dropped(tmp_path):
         assert pair.flow[0, 0].item() == (1.0 if interior == (5, 5) else 0.0)
 
 
+def test_where_the_lidar_stood_in_sweep_1_is_read_from_the_calibration(street_folder, tmp_path):
+    log = next(street_folder.iterdir())
+    pair = data.open_dataset(log)[0]
+    mounted = np.array([*synthetic.LIDAR_ORIGINS.mean(axis=0), 1.0])
+    expected = (np.linalg.inv(pair.ego1_SE3_ego0.numpy()) @ mounted)[:3]
+    np.testing.assert_allclose(pair.lidar1, expected, atol=1e-9)
+
+    # Labels do without it; but what is there must be right.
+    copy = tmp_path / log.name
+    shutil.copytree(log, copy)
+    file = copy / "calibration" / "egovehicle_SE3_sensor.feather"
+    table = feather.read_table(file)
+    for change in ({"sensor_name": ["a", "b"]}, {"tx_m": [1e5, 1.0]}, {"tz_m": [np.nan, 1.0]}):
+        feather.write_feather(pyarrow.table({**table.to_pydict(), **change}), file)
+        with pytest.raises(data.DataError, match="egovehicle_SE3_sensor.feather: no lidar within"):
+            data.open_dataset(copy)[0]
+    file.unlink()
+    assert data.open_dataset(copy)[0].lidar1 is None
+
+
 # --- Ground and grid ------------------------------------------------------------------------------
 
 

@@ -1215,6 +1215,26 @@ def test_a_scene_in_which_much_moves_is_not_suspected(dense_street):
     assert labels.common_motion(nothing, wrong) == (0, 0, 1)
 
 
+def test_a_sweep_that_is_not_whole_or_another_one_is_suspected(dense_street, street):
+    pair = dense_street
+    has_flow = data.input_masks(pair)[0]
+    flow = torch.zeros_like(pair.pc0)
+    label = zeroflow.Label(pair.key, flow, has_flow, QUICK_SETTINGS, 0.0, 0.0, "")
+    assert labels.share_without_partner(label, pair) < 0.05
+    half = dataclasses.replace(pair, pc1=torch.where(pair.pc1[:, 1:2] > 0, pair.pc1, torch.nan))
+    other = street[len(street) - 1]
+    other = dataclasses.replace(pair, pc1=other.pc1, is_ground1=other.is_ground1)
+    for wrong in (half, other):
+        share = labels.share_without_partner(label, wrong)
+        assert share > 0.25
+        text = f"{100 * share:.0f} % of the points have no partner within 1 m in sweep 1: is it"
+        assert labels.suspicion(label, wrong).startswith(text)
+    nothing = torch.full_like(pair.pc1, torch.nan)
+    assert labels.share_without_partner(label, dataclasses.replace(pair, pc1=nothing)) == 1
+    none = dataclasses.replace(label, has_flow=torch.zeros_like(has_flow))
+    assert labels.share_without_partner(none, pair) == 0
+
+
 def test_the_pose_of_the_real_pair_is_right_to_2_cm_and_a_wrong_one_is_found(av2_pair):
     """With the true flow as the label of the right pose."""
     has_flow = data.input_masks(av2_pair)[0]

@@ -152,6 +152,8 @@ def test_a_pair_is_the_ray_of_every_pixel_from_where_the_vehicle_was_then(tmp_pa
     np.testing.assert_allclose(pair.ego1_SE3_ego0, np.linalg.inv(ego0_SE3_ego1), atol=1e-6)
     assert pair.ego1_SE3_ego0.dtype == torch.float64
     assert pair.flow is None  # no boxes were written
+    lidar1 = ego0_SE3_ego1[:3, :3] @ VEHICLE_SE3_LIDAR[:3, 3] + ego0_SE3_ego1[:3, 3]
+    np.testing.assert_allclose(pair.lidar1, lidar1, atol=1e-6)
 
 
 def test_points_are_exact_to_a_millimeter_as_float32_poses_are_at_15_km(tmp_path):
