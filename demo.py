@@ -4,23 +4,21 @@ It writes a synthetic street (synthetic.py), lets the teacher label it (nsfp.py)
 smallest student on the labels, and compares both with two baselines on logs that the student never
 saw. The street and its labels are kept in the user's cache folder.
 
-    python train.py --out run                      the demo; takes options of the trainer, too
-    python demo.py scaling-law --out law           error against the number of logs to learn from
+    python train.py --out run        the demo; takes options of the trainer, too
+
+Experiments on the same street are in experiments.py.
 
 Labels, training and scores all use the grid of the smallest student: |x|, |y| < 25.6 m, |z| < 3 m.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import hashlib
-import itertools
 import json
 import os
 import shutil
 import statistics
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,7 +98,7 @@ def run(settings: train.TrainSettings, demo: DemoSettings) -> dict[str, dict[str
 def _resumed(demo: DemoSettings, folder: Path) -> DemoSettings:
     """The demo of the run in this folder. Raises DataError if other logs are asked for."""
     remedy = "begin a new run with another --out"
-    stored = DemoSettings(**_read_json(folder / "demo.json", remedy, DemoSettings))
+    stored = DemoSettings(**read_json(folder / "demo.json", remedy, DemoSettings))
     for name in ("train_logs", "test_logs"):
         wanted, kept = getattr(demo, name), getattr(stored, name)
         if wanted not in (kept, getattr(DemoSettings, name)):
@@ -109,7 +107,7 @@ def _resumed(demo: DemoSettings, folder: Path) -> DemoSettings:
     return dataclasses.replace(stored, picture=demo.picture)
 
 
-def _read_json(file: Path, remedy: str, kind: type | None = None) -> dict:
+def read_json(file: Path, remedy: str, kind: type | None = None) -> dict:
     """What is stored in a file; kind: a dataclass, of which another version may have stored it."""
     try:
         found = dict(json.loads(file.read_text()))
@@ -187,92 +185,3 @@ def open_street(split: str, seed: int, logs: int, true_flow: bool) -> data.Pairs
     dataset = data.open_dataset(folder, true_flow=true_flow)
     chosen = set(list(dataset.stamps)[:logs])
     return data.subset(dataset, [key for key in dataset.pair_keys if key.log_id in chosen])
-
-
-# --- The scaling law in small ---------------------------------------------------------------------
-# Pseudo-labels are cheap, so a student can learn from many more logs than people could label. Its
-# supervised twin learns from the true flow of the first 30 logs only.
-
-SCALING_LOGS = {"student": (3, 10, 30, 100), "supervised": (3, 10, 30)}
-SCALING_SEEDS = (0, 1, 2)
-
-
-def scaling_law(settings: train.TrainSettings, demo: DemoSettings, folder: Path) -> None:
-    """Train on more and more logs, each time for as many steps; write errors, table and figure.
-
-    What is in the file of results already is not trained again.
-    """
-    train.check_device(settings.device)
-    _, test_set, label_folder = prepare_street(demo)
-
-    # Another recipe or another street has another file of results.
-    recipe = dataclasses.replace(settings, out="", device="", workers=0, seed=0)
-    digest = hashlib.sha256(repr((recipe, demo.test_logs, cache_folder().name)).encode())
-    file = folder / f"scaling_law_{digest.hexdigest()[:8]}.json"
-    errors = _read_json(file, "delete it and run again") if file.exists() else {}
-
-    @zeroflow.one_thread()  # on a busy machine, threads would wait for each other
-    def error_of(estimator: zeroflow.Estimator) -> float:
-        return zeroflow.evaluate(test_set, estimator, GRID).numbers["grid_three_way"]
-
-    teacher = labels.from_labels(labels.open_labels(label_folder, test_set))
-    errors["teacher"] = error_of(teacher)
-    errors["no-motion"] = error_of(zeroflow.from_baseline("no-motion", GRID))
-    for (kind, amounts), seed in itertools.product(SCALING_LOGS.items(), SCALING_SEEDS):
-        is_supervised = kind == "supervised"
-        for logs in amounts:
-            name = f"{kind}, {logs} logs, seed {seed}"
-            if logs > demo.train_logs or name in errors:
-                continue
-            print(name)
-            part = open_street("train", TRAIN_SEED, logs, true_flow=is_supervised)
-            source = None if is_supervised else label_folder
-            samples = train.Samples([train.LabeledPairs(part, source, GRID, keep=True)])
-            chosen = dataclasses.replace(settings, seed=seed, supervised=is_supervised)
-            model = train.train(samples, chosen)
-            if model is None:
-                print("stopped by a signal; the same command goes on")
-                return
-            errors[name] = error_of(zeroflow.from_student(model.prepare_inference()))
-            with data.atomic_file(file) as out:
-                out.write(json.dumps(errors, indent=2).encode())
-    _show_scaling_law(errors, len(test_set), demo.train_logs, folder)
-
-
-def _show_scaling_law(errors: dict, pairs: int, most_logs: int, folder: Path) -> None:
-    import viz  # matplotlib is loaded only when a picture is drawn
-
-    print(f"\ngrid three-way (m) on {pairs} pairs of unseen logs, seeds {SCALING_SEEDS}; ", end="")
-    print(f"no-motion {errors['no-motion']:.4f}, teacher {errors['teacher']:.4f}")
-    points = {}  # kind -> logs -> errors, one per seed
-    for kind, amounts in SCALING_LOGS.items():
-        points[kind] = {}
-        for logs in (amount for amount in amounts if amount <= most_logs):
-            values = [errors[f"{kind}, {logs} logs, seed {seed}"] for seed in SCALING_SEEDS]
-            points[kind][logs] = values
-            each = ", ".join(f"{value:.4f}" for value in values)
-            print(f"{kind:10} {logs:4} logs: {statistics.mean(values):.4f}  ({each})")
-    figure = viz.scaling_law_figure(points, errors["teacher"], errors["no-motion"])
-    figure.savefig(folder / "scaling_law.png", dpi=100)
-    print(f"wrote {folder / 'scaling_law.png'}")
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run `python demo.py scaling-law`. Returns the exit status."""
-    example = "example: python demo.py scaling-law --out law"
-    parser = argparse.ArgumentParser(description="The scaling law in small.", epilog=example)
-    parser.add_argument("command", choices=["scaling-law"], help="train on more and more logs")
-    parser.add_argument("--out", default="law", type=Path, help="folder for errors and figure")
-    parser.add_argument("--train-logs", default=100, type=int, help="most logs to learn from")
-    given = parser.parse_args(argv)
-    try:
-        settings = train.resolve({"preset": "street"})
-        scaling_law(settings, DemoSettings(given.train_logs), given.out)
-    except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -99,6 +99,7 @@ class TrainSettings:
     cosine: bool = False  # warm up for 5 % of the steps, then fall to 0; published: constant rate
     # how the speed of a point weighs its error; published: as the published code does
     speed_weight: Literal["formula", "published", "none"] = "formula"
+    squared_error: bool = False  # square the error of each point; published: its length
     weighted_share: float = 1.0  # share of the steps, the first ones, that use the speed weight
     clip_norm: float | None = None  # clip the gradient of a step to this norm; published: none
     # number format of the U-Net; bfloat16 is faster on processors that support it
@@ -761,7 +762,7 @@ def add_gradients(
             with torch.autocast(device.type, torch.bfloat16, enabled=is_bfloat16):
                 flows, is_in_grid = model(batch.pc0s, batch.pc1s)
             masks = [has & inside for has, inside in zip(batch.has_flow, is_in_grid, strict=True)]
-            how = (weight, batch.weights, batch.seconds)
+            how = (weight, batch.weights, batch.seconds, settings.squared_error)
             loss = zeroflow.distillation_loss(flows, batch.labels, masks, *how)
             # The exchange takes the mean over processes, but the loss is a sum over samples.
             (loss * world).backward()

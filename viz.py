@@ -284,37 +284,48 @@ def _draw_loss(ax: Axes, steps: list[dict]) -> None:
 
 
 def scaling_law_figure(
-    points: dict[str, dict[int, list[float]]], teacher: float, no_motion: float
+    points: dict[str, dict[int, list[float]]], levels: dict[str, float]
 ) -> Figure:
-    """The error against the number of logs that were trained on.
+    """The error against the number of logs that were trained on; one panel for each question.
 
-    points: kind of labels ("student", "supervised") -> number of logs -> errors in meters, one per
-    seed. teacher, no_motion: errors that do not depend on the number of logs.
+    points: kind of student (see demo.SCALING_LOGS) -> number of logs -> errors in meters, one per
+    seed. levels: errors that do not depend on the number of logs: "no-motion", "teacher" and
+    "worse teacher".
     """
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    ax = figure.subplots()
-    names = {
-        "student": "student, trained on pseudo-labels",
-        "supervised": "the same network, trained on true flow",
+    student, supervised, worse = points
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    panels = figure.subplots(1, 2)
+    titles = ("more logs without labels beat fewer with them", "two teachers")
+    lines = {
+        student: ("student, trained on pseudo-labels", SWEEP0, "o"),
+        supervised: ("the same network, trained on true flow", SWEEP1, "s"),
+        worse: ("student of the worse teacher", "tab:green", "^"),
     }
-    for (kind, amounts), color, marker in zip(points.items(), (SWEEP0, SWEEP1), "os", strict=True):
-        # A line through the means over seeds, and one marker per seed.
-        means = [np.mean(errors) for errors in amounts.values()]
-        ax.plot(list(amounts), means, color=color, label=names[kind])
-        dots = {"color": color, "marker": marker, "linestyle": "", "alpha": 0.6}
-        for logs, errors in amounts.items():
-            ax.plot([logs] * len(errors), errors, **dots)
-    ax.axhline(teacher, color="black", linestyle="--", label="the teacher of the pseudo-labels")
-    ax.axhline(no_motion, color="0.6", linestyle=":", label="no-motion")
-    ylabel = "grid three-way EPE on unseen logs (m)"
-    ax.set(xscale="log", xlabel="logs trained on", ylabel=ylabel, ylim=(0, None))
-
-    # Ticks only where there are points, not at powers of ten.
-    ticks = sorted({logs for amounts in points.values() for logs in amounts})
-    ax.set_xticks(ticks, [str(tick) for tick in ticks])
-    ax.minorticks_off()
-    ax.grid(alpha=0.3)
-    ax.legend()
+    for ax, title, kinds in zip(
+        panels, titles, ((student, supervised), (student, worse)), strict=True
+    ):
+        for kind in kinds:
+            # A line through the means over seeds, and one marker per seed.
+            name, color, marker = lines[kind]
+            means = [np.mean(errors) for errors in points[kind].values()]
+            ax.plot(list(points[kind]), means, color=color, label=name)
+            dots = {"color": color, "marker": marker, "linestyle": "", "alpha": 0.6}
+            for logs, errors in points[kind].items():
+                ax.plot([logs] * len(errors), errors, **dots)
+        ax.axhline(levels["teacher"], color=SWEEP0, linestyle="--", label="its teacher")
+        if worse in kinds:
+            level = levels["worse teacher"]
+            ax.axhline(level, color="tab:green", linestyle="--", label="the worse teacher")
+        else:
+            ax.axhline(levels["no-motion"], color="0.6", linestyle=":", label="no-motion")
+        ax.set(title=title, xscale="log", xlabel="logs trained on", ylim=(0, None))
+        # Ticks only where there are points, not at powers of ten.
+        ticks = sorted({logs for kind in kinds for logs in points[kind]})
+        ax.set_xticks(ticks, [str(tick) for tick in ticks])
+        ax.minorticks_off()
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize="small")
+    panels[0].set_ylabel("grid three-way EPE on unseen logs (m)")
     return figure
 
 

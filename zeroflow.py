@@ -200,6 +200,7 @@ def distillation_loss(
     weight: str = "formula",
     point_weights: Sequence[torch.Tensor] | None = None,
     seconds: Sequence[float] | None = None,
+    squared: bool = False,
 ) -> torch.Tensor:
     """The paper's loss for a batch, a scalar in meters: a sum over samples, a mean over points.
 
@@ -207,10 +208,15 @@ def distillation_loss(
     without any contributes 0. weight: see `speed_weight`. point_weights: list of (N,), which are
     multiplied with it. With `weight` "none", and point weights of 0.1 for background and 1 for the
     rest, this is FastFlow3D's loss. seconds: between the two sweeps of each sample (None: 0.1).
+    squared: square each error, to see what the paper gains by not doing so.
     """
     total = estimates[0].new_zeros(())
     for i, (estimate, label, mask) in enumerate(zip(estimates, labels, masks, strict=True)):
+        # Of many labels for alike points, the estimate with the least total *distance* is their
+        # median, and the one with the least total of squares is their mean. A mean follows every
+        # label that is far off; a median does not care how far off it is.
         error = (estimate[mask] - label[mask]).norm(dim=1)  # (N,) meters
+        error = error.square() if squared else error
 
         # Flow is meters from one sweep to the next. The paper's sweeps come ten times per second;
         # at another rate, the same flow is another speed.

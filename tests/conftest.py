@@ -77,3 +77,15 @@ def a_pair(points, flow=None, category=None, is_dynamic=None, is_valid=None) -> 
         is_dynamic=no if is_dynamic is None else torch.tensor(is_dynamic),
         is_valid=~no if is_valid is None else torch.tensor(is_valid),
     )
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache folder of the street, and a teacher of it that takes milliseconds."""
+    from test_train import QUICK_TEACHER
+
+    import demo
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(demo, "STREET_TEACHER", QUICK_TEACHER)
+    return tmp_path / "cache" / "zeroflow"

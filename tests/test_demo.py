@@ -1,4 +1,4 @@
-"""The demo: the whole method on a street of a log or two, and the scaling law in small."""
+"""The demo: the whole method on a street of a log or two."""
 
 import dataclasses
 import json
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import QUICK_TEACHER, STREET
+from test_train import STREET
 
 import commands
 import data
@@ -15,14 +15,6 @@ import fastflow3d
 import labels
 import train
 import zeroflow
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """An empty cache folder, and a teacher that takes milliseconds."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(demo, "STREET_TEACHER", QUICK_TEACHER)
-    return tmp_path / "cache" / "zeroflow"
 
 
 def times_of_files(cache) -> dict:
@@ -147,43 +139,3 @@ def test_what_cannot_go_together_with_the_demo_is_refused(tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     assert commands.train_main(["--data", "x", "--labels", "y", "--picture", "p.png"]) == 1
     assert "--picture: belongs to the demo" in capsys.readouterr().err
-
-
-def test_the_scaling_law_runs_every_amount_once(tmp_path, cache, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "SCALING_LOGS", {"student": (1, 2), "supervised": (1,)})
-    monkeypatch.setattr(demo, "SCALING_SEEDS", (0, 1))
-    trained, loop = [], train.train
-
-    def seen(samples, settings):
-        trained.append((settings.supervised, settings.seed, len(samples)))
-        return loop(samples, settings)
-
-    monkeypatch.setattr(train, "train", seen)
-    law, tiny = tmp_path / "law", demo.DemoSettings(train_logs=2, test_logs=1)
-    settings = dataclasses.replace(STREET, steps=1)
-    demo.scaling_law(settings, tiny, law)
-    out = capsys.readouterr().out
-    pseudo = [(False, seed, pairs) for seed in (0, 1) for pairs in (5, 10)]
-    assert sorted(trained) == pseudo + [(True, seed, 5) for seed in (0, 1)]
-    (file,) = law.glob("scaling_law_*.json")
-    errors = json.loads(file.read_text())
-    values = [errors[f"student, 2 logs, seed {seed}"] for seed in (0, 1)]
-    assert f"student       2 logs: {sum(values) / 2:.4f}  ({values[0]:.4f}, {values[1]:.4f})" in out
-    assert (law / "scaling_law.png").read_bytes().startswith(b"\x89PNG")
-    demo.scaling_law(settings, tiny, law)
-    assert len(trained) == 6  # not again
-    demo.scaling_law(dataclasses.replace(settings, lr=1e-4), tiny, law)
-    assert len(trained) == 12 and len(list(law.glob("scaling_law_*.json"))) == 2
-
-
-def test_the_command_of_the_scaling_law(tmp_path, monkeypatch, capsys):
-    """It takes the recipe of the street, and reports mistakes in one line."""
-    calls = []
-    monkeypatch.setattr(demo, "scaling_law", lambda *arguments: calls.append(arguments))
-    assert demo.main(["scaling-law", "--out", str(tmp_path)]) == 0
-    ((settings, logs, folder),) = calls
-    assert (settings.preset, settings.steps, settings.model) == ("street", 1500, "narrow")
-    assert (logs.train_logs, folder) == (100, tmp_path)
-    monkeypatch.undo()
-    assert demo.main(["scaling-law", "--out", str(tmp_path), "--train-logs", "0"]) == 1
-    assert "error: --train-logs 0" in capsys.readouterr().err

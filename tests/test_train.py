@@ -90,9 +90,10 @@ def test_each_step_has_the_weight_the_mask_and_the_rate_that_the_settings_say(mo
     """Speed weight for the first part of the steps; only rows with a label and in the grid."""
     seen = []
 
-    def loss(flows, labels, masks, weight, point_weights, seconds):
+    def loss(flows, labels, masks, weight, *more):
+        assert more[-1] == settings.squared_error
         seen.append((weight, [int(mask.sum()) for mask in masks]))
-        return distillation_loss(flows, labels, masks, weight, point_weights, seconds)
+        return distillation_loss(flows, labels, masks, weight, *more)
 
     distillation_loss = zeroflow.distillation_loss
     monkeypatch.setattr(zeroflow, "distillation_loss", loss)
@@ -102,6 +103,10 @@ def test_each_step_has_the_weight_the_mask_and_the_rate_that_the_settings_say(mo
     settings = dataclasses.replace(STREET, steps=4, speed_weight="published", weighted_share=0.75)
     train.train(samples, settings)
     assert seen == [("published", [350])] * 3 + [("none", [350])]
+    seen.clear()
+    settings = dataclasses.replace(settings, squared_error=True)
+    train.train(samples, settings)
+    assert len(seen) == 4
     rates = [train.learning_rate(step, 100, settings) for step in (0, 4, 50, 99)]
     assert rates == pytest.approx(
         [2e-3 * share for share in (0.2, 0.99606, 0.5, 0.0002467)], rel=1e-3

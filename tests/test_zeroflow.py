@@ -43,6 +43,9 @@ def test_the_loss_by_hand():
         *([a, b] for a, b in zip((estimate, label, mask), empty, strict=True))
     )
     assert loss.item() == pytest.approx((1 * 0.3 + 0.1 * 0.4) / 2)
+    squared = zeroflow.distillation_loss([estimate], [label], [mask], "none", squared=True)
+    error = (estimate - label)[mask].norm(dim=1)
+    torch.testing.assert_close(squared, error.square().mean())
     unweighted = zeroflow.distillation_loss([estimate] * 2, [label] * 2, [mask] * 2, weight="none")
     assert unweighted.item() == pytest.approx(
         2 * (0.3 + 0.4) / 2

@@ -1,0 +1,240 @@
+"""Two experiments on the street of `python train.py`, which need hours or minutes of two cores.
+
+    python experiments.py scaling-law --out law    error against the number of logs to learn from
+    python experiments.py why                      how labels are wrong, and what students learn
+
+The first shows the paper's claim: with enough logs that nobody labeled, a student beats its
+teacher, and a network that learned from human labels of fewer logs. The second shows why it may.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import numpy as np
+
+import data
+import demo
+import labels
+import train
+import zeroflow
+from data import DataError
+
+# --- The scaling law in small ---------------------------------------------------------------------
+# Pseudo-labels are cheap, so a student can learn from many more logs than people could label. Its
+# supervised twin learns from the true flow of the first 30 logs only.
+
+STUDENT, SUPERVISED, WORSE = "student", "supervised", "student of the worse teacher"
+SCALING_LOGS = {STUDENT: (3, 10, 30, 100, 300), SUPERVISED: (3, 10, 30), WORSE: (10, 100, 300)}
+SCALING_SEEDS = {STUDENT: (0, 1, 2), SUPERVISED: (0, 1, 2), WORSE: (0, 1)}
+VALIDATION_SEED, VALIDATION_LOGS = 2, 12
+
+# One network whose flow is taken as it is: nothing moves rigidly, and sweep 1 confirms nothing.
+WORSE_TEACHER = dataclasses.replace(demo.STREET_TEACHER, priors=1, refine="none")
+
+# Everybody trains until more steps do not help. One rule for all: the steps are doubled as long as
+# seed 0 loses 3 % of its error on validation logs by it. More logs never need fewer steps.
+LEAST_STEPS, MOST_STEPS, WORTHWHILE = 1500, 12_000, 0.97
+
+
+class ScalingLaw:
+    """Errors of students that were trained on more and more logs; each is a file in `folder`.
+
+    What is there already is not trained again, so the command may be killed and repeated, and
+    several processes may train different kinds of students side by side.
+    """
+
+    def __init__(self, settings: train.TrainSettings, street: demo.DemoSettings, folder: Path):
+        train.check_device(settings.device)
+        self.settings, self.folder, self.most_logs = settings, folder, street.train_logs
+        _, self.test_set, self.label_folder = demo.prepare_street(street)
+        val_set = demo.open_street("val", VALIDATION_SEED, VALIDATION_LOGS, true_flow=True)
+        self.unseen = {"test": self.test_set, "validation": val_set}
+
+        # Another recipe or another street has other files of results.
+        recipe = dataclasses.replace(settings, out="", device="", workers=0, seed=0, steps=None)
+        digest = hashlib.sha256(repr((recipe, street.test_logs, demo.cache_folder().name)).encode())
+        self.digest = digest.hexdigest()[:8]
+
+    def train_all(self, kind: str) -> None:
+        """Train the students of a kind: first seed 0 of all amounts, which finds the steps."""
+        for seed in SCALING_SEEDS[kind]:
+            for logs in self.amounts(kind):
+                self.errors(kind, logs, seed, self.steps(kind, logs))
+
+    def amounts(self, kind: str) -> list[int]:
+        return [logs for logs in SCALING_LOGS[kind] if logs <= self.most_logs]
+
+    def steps(self, kind: str, logs: int) -> int:
+        """How many steps help; the worse teacher's students take as many as the better one's."""
+        kind = STUDENT if kind == WORSE else kind
+        steps = LEAST_STEPS
+        for amount in self.amounts(kind):
+            error = self.errors(kind, amount, 0, steps)["validation"]
+            while steps < MOST_STEPS:
+                longer = self.errors(kind, amount, 0, 2 * steps)["validation"]
+                if longer > WORTHWHILE * error:
+                    break
+                steps, error = 2 * steps, longer
+            if amount == logs:
+                return steps
+        raise ValueError(f"{logs} logs: not one of {self.amounts(kind)}")
+
+    def errors(self, kind: str, logs: int, seed: int, steps: int) -> dict[str, float]:
+        """Grid three-ways of a student on test and validation logs. Raises KeyboardInterrupt."""
+        file = self.folder / f"{kind}, {logs} logs, {steps} steps, seed {seed}, {self.digest}.json"
+        if file.exists():
+            return demo.read_json(file, "delete it and run again")
+        print(f"{kind}: {logs} logs, {steps} steps, seed {seed}")
+        is_supervised = kind == SUPERVISED
+        part = demo.open_street("train", demo.TRAIN_SEED, logs, true_flow=is_supervised)
+        source = None if is_supervised else self.label_folder
+        if kind == WORSE:
+            source = self.label_folder.with_name("labels of the worse teacher")
+            labels.label_dataset(part, source, WORSE_TEACHER, demo.GRID)
+        samples = train.Samples([train.LabeledPairs(part, source, demo.GRID, keep=True)])
+        changes = {"seed": seed, "steps": steps, "supervised": is_supervised}
+        model = train.train(samples, dataclasses.replace(self.settings, **changes))
+        if model is None:
+            raise KeyboardInterrupt
+        errors = self.errors_of(zeroflow.from_student(model.prepare_inference()))
+        with data.atomic_file(file) as out:
+            out.write(json.dumps(errors).encode())
+        return errors
+
+    @zeroflow.one_thread()  # on a busy machine, threads would wait for each other
+    def errors_of(self, estimator: zeroflow.Estimator) -> dict[str, float]:
+        errors = {}
+        for name, dataset in self.unseen.items():
+            numbers = zeroflow.evaluate(dataset, estimator, demo.GRID).numbers
+            errors[name] = numbers["grid_three_way"]
+        return errors
+
+    def show(self) -> None:
+        """Print all errors and draw them; what is missing is trained first."""
+        lines = {"no-motion": zeroflow.from_baseline("no-motion", demo.GRID)}
+        lines["teacher"] = zeroflow.from_teacher(demo.STREET_TEACHER, demo.GRID)
+        lines["worse teacher"] = zeroflow.from_teacher(WORSE_TEACHER, demo.GRID)
+        levels = {name: self.errors_of(estimator)["test"] for name, estimator in lines.items()}
+        found = ", ".join(f"{name} {error:.4f}" for name, error in levels.items())
+        print(f"\ngrid three-way (m) on {len(self.test_set)} pairs of unseen logs; {found}")
+        points = {}  # kind -> logs -> errors, one per seed
+        for kind, seeds in SCALING_SEEDS.items():
+            points[kind] = {}
+            for logs in self.amounts(kind):
+                steps = self.steps(kind, logs)
+                values = [self.errors(kind, logs, seed, steps)["test"] for seed in seeds]
+                points[kind][logs] = values
+                each = ", ".join(f"{value:.4f}" for value in values)
+                print(
+                    f"{kind:28} {logs:4} logs, {steps:6} steps: {statistics.mean(values):.4f}",
+                    end="",
+                )
+                print(f"  ({each})")
+        import viz  # matplotlib is loaded only when a picture is drawn
+
+        viz.scaling_law_figure(points, levels).savefig(self.folder / "scaling_law.png", dpi=100)
+        print(f"wrote {self.folder / 'scaling_law.png'}")
+
+
+# --- Why a student may beat its teacher -----------------------------------------------------------
+
+WHY_LOGS, WHY_STEPS, WHY_SEEDS = 100, 6000, (0, 1, 2)
+
+
+def why(settings: train.TrainSettings, street: demo.DemoSettings) -> None:
+    """Print how labels are wrong, and what of it reappears in students with either error.
+
+    A distance teaches the student the median of the labels that alike points have, a squared error
+    their mean. If a label is now right and now far off, the two differ.
+    """
+    train.check_device(settings.device)
+    _, test_set, label_folder = demo.prepare_street(street)
+    truth = demo.open_street("train", demo.TRAIN_SEED, street.train_logs, true_flow=True)
+    label_of = labels.from_labels(labels.open_labels(label_folder, truth))
+    names = ("FD", "too short", "missed", "FS", "BS")
+    print(f"\n{'':40}" + "".join(f"{name:>11}" for name in names))
+    _print_row(f"labels of {street.train_logs} logs", wrong_by_group(truth, label_of))
+
+    part = demo.open_street("train", demo.TRAIN_SEED, street.train_logs, true_flow=False)
+    samples = train.Samples([train.LabeledPairs(part, label_folder, demo.GRID, keep=True)])
+    for is_squared in (False, True):
+        for seed in WHY_SEEDS:
+            changes = {"seed": seed, "steps": settings.steps, "squared_error": is_squared}
+            model = train.train(samples, dataclasses.replace(settings, **changes))
+            if model is None:
+                raise KeyboardInterrupt
+            student = zeroflow.from_student(model.prepare_inference())
+            name = f"student, {'squared error' if is_squared else 'distance'}, seed {seed}"
+            _print_row(name, wrong_by_group(test_set, student))
+    label_of = labels.from_labels(labels.open_labels(label_folder, test_set))
+    _print_row("the teacher, on the same unseen logs", wrong_by_group(test_set, label_of))
+
+
+@zeroflow.one_thread()
+def wrong_by_group(dataset: data.Pairs, estimator: zeroflow.Estimator) -> list[float]:
+    """Errors in meters of moving foreground (FD), static foreground (FS), and background (BS).
+
+    After the first: by how much the flow of FD is too short along the true one, in meters (its
+    bias), and the share of FD that gets less than half of its motion.
+    """
+    sums = np.zeros((2, 5))  # of values, and how many there were
+    for pair in dataset:
+        is_scored = pair.is_valid & data.input_masks(pair, demo.GRID)[0]
+        flow, truth = estimator(pair).flow[is_scored], pair.flow[is_scored]
+        error, length = (flow - truth).norm(dim=1), truth.norm(dim=1).clamp(min=1e-9)
+        along = (flow * truth).sum(dim=1) / length
+        moves, is_foreground = pair.is_dynamic[is_scored], (pair.category > 0)[is_scored]
+        moving = moves & is_foreground
+        parts = [error[moving], (length - along)[moving], (along < 0.5 * length)[moving].float()]
+        parts += [error[~moves & is_foreground], error[~is_foreground]]
+        sums += [[part.sum().item() for part in parts], [len(part) for part in parts]]
+    return (sums[0] / sums[1].clip(min=1)).tolist()
+
+
+def _print_row(name: str, values: list[float]) -> None:
+    print(f"{name:40}" + "".join(f"{value:11.4f}" for value in values), flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run `python experiments.py scaling-law` or `why`. Returns the exit status."""
+    example = "example: python experiments.py scaling-law --out law"
+    parser = argparse.ArgumentParser(description="Experiments on the street.", epilog=example)
+    about = (
+        "scaling-law: train on more and more logs; why: compare the errors of labels and students"
+    )
+    parser.add_argument("command", choices=["scaling-law", "why"], help=about)
+    parser.add_argument("--out", default="law", type=Path, help="folder for errors and figure")
+    about = f"most logs to learn from (default: 300; why: {WHY_LOGS})"
+    parser.add_argument("--train-logs", type=int, help=about)
+    parser.add_argument("--only", choices=SCALING_LOGS, help="train only students of this kind")
+    parser.add_argument("--dtype", choices=train.DTYPES, default="float32", help="of the U-Net")
+    given = parser.parse_args(argv)
+    try:
+        settings = train.resolve({"preset": "street", "dtype": given.dtype})
+        if given.command == "why":
+            settings = dataclasses.replace(settings, steps=WHY_STEPS)
+            why(settings, demo.DemoSettings(given.train_logs or WHY_LOGS))
+            return 0
+        most_logs = 300 if given.train_logs is None else given.train_logs
+        law = ScalingLaw(settings, demo.DemoSettings(most_logs), given.out)
+        if given.only:
+            law.train_all(given.only)
+        else:
+            law.show()
+    except KeyboardInterrupt:
+        print("stopped by a signal; the same command goes on")
+    except (DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
