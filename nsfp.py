@@ -467,7 +467,7 @@ def refine_flow(
     points = pc0.detach().cpu().double()  # (N, 3)
     flows = flow.detach().cpu().double().reshape(-1, *pc0.shape)  # (K, N, 3)
 
-    # Which points move together? A lidar's beams lie farther apart than the points of one beam, and
+    # Which points move together? A LiDAR's beams lie farther apart than the points of one beam, and
     # things in a street do not stand on each other: so distances in height count less.
     scale = torch.tensor([1.0, 1.0, settings.height_scale], dtype=torch.float64)
     cluster = find_clusters(points * scale, settings.cluster_reach, settings.cluster_points)
@@ -711,7 +711,7 @@ def _fit_to_sweep(
     return motion
 
 
-RANGE_NOISE_M = 0.03  # of a lidar, at most: a smaller distance to a surface is as good as none
+RANGE_NOISE_M = 0.03  # of a LiDAR, at most: a smaller distance to a surface is as good as none
 
 
 class Surface:

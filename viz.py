@@ -290,19 +290,19 @@ def scaling_law_figure(
 
     points: kind of student (see demo.SCALING_LOGS) -> number of logs -> errors in meters, one per
     seed. levels: errors that do not depend on the number of logs: "no-motion", "teacher" and
-    "worse teacher".
+    "better teacher".
     """
-    student, supervised, worse = points
+    student, supervised, better = points
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     panels = figure.subplots(1, 2)
     titles = ("more logs without labels beat fewer with them", "two teachers")
     lines = {
         student: ("student, trained on pseudo-labels", SWEEP0, "o"),
         supervised: ("the same network, trained on true flow", SWEEP1, "s"),
-        worse: ("student of the worse teacher", "tab:green", "^"),
+        better: ("student of a better teacher", "tab:green", "^"),
     }
     for ax, title, kinds in zip(
-        panels, titles, ((student, supervised), (student, worse)), strict=True
+        panels, titles, ((student, supervised), (student, better)), strict=True
     ):
         for kind in kinds:
             # A line through the means over seeds, and one marker per seed.
@@ -313,9 +313,9 @@ def scaling_law_figure(
             for logs, errors in points[kind].items():
                 ax.plot([logs] * len(errors), errors, **dots)
         ax.axhline(levels["teacher"], color=SWEEP0, linestyle="--", label="its teacher")
-        if worse in kinds:
-            level = levels["worse teacher"]
-            ax.axhline(level, color="tab:green", linestyle="--", label="the worse teacher")
+        if better in kinds:
+            level = levels["better teacher"]
+            ax.axhline(level, color="tab:green", linestyle="--", label="the better teacher")
         else:
             ax.axhline(levels["no-motion"], color="0.6", linestyle=":", label="no-motion")
         ax.set(title=title, xscale="log", xlabel="logs trained on", ylim=(0, None))

@@ -88,4 +88,5 @@ def cache(tmp_path, monkeypatch):
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(demo, "STREET_TEACHER", QUICK_TEACHER)
+    monkeypatch.setattr(demo, "NSFP_ITERATIONS", 2)
     return tmp_path / "cache" / "zeroflow"

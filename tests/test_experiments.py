@@ -16,9 +16,9 @@ import zeroflow
 @pytest.fixture
 def tiny_law(monkeypatch):
     """Amounts of one and two logs, and steps of one to four."""
-    kinds = {experiments.STUDENT: (1, 2), experiments.SUPERVISED: (1,), experiments.WORSE: (2,)}
+    kinds = {experiments.STUDENT: (1, 2), experiments.SUPERVISED: (1,), experiments.BETTER: (2,)}
     monkeypatch.setattr(experiments, "SCALING_LOGS", kinds)
-    seeds = {experiments.STUDENT: (0, 1), experiments.SUPERVISED: (0, 1), experiments.WORSE: (0,)}
+    seeds = {experiments.STUDENT: (0, 1), experiments.SUPERVISED: (0, 1), experiments.BETTER: (0,)}
     monkeypatch.setattr(experiments, "SCALING_SEEDS", seeds)
     monkeypatch.setattr(experiments, "VALIDATION_LOGS", 1)
     monkeypatch.setattr(experiments, "LEAST_STEPS", 1)
@@ -44,7 +44,7 @@ def test_the_scaling_law_trains_every_student_once(tmp_path, cache, monkeypatch,
     out = capsys.readouterr().out
     pseudo = [(False, seed, pairs, 1) for seed in (0, 1) for pairs in (5, 10)]
     pseudo += [(False, 0, 5, 2), (False, 0, 10, 2)]  # tried in vain
-    pseudo += [(False, 0, 10, 1)]  # of the worse teacher
+    pseudo += [(False, 0, 10, 1)]  # of the better teacher
     assert sorted(trained[3:]) == sorted(pseudo)
     values = [law.errors(experiments.STUDENT, 2, seed, 1)["test"] for seed in (0, 1)]
     mean = f"{sum(values) / 2:.4f}  ({values[0]:.4f}, {values[1]:.4f})"
@@ -59,12 +59,12 @@ def test_the_scaling_law_trains_every_student_once(tmp_path, cache, monkeypatch,
 
 
 def test_steps_are_doubled_as_long_as_validation_logs_gain_by_it(cache, tmp_path, tiny_law):
-    """More logs begin with the steps of fewer; the worse teacher's students copy the better's."""
+    """More logs begin with the steps of fewer; the better teacher's students copy the other's."""
     law = experiments.ScalingLaw(STREET, tiny_law, tmp_path)
     errors = {(1, 1): 0.10, (1, 2): 0.09, (1, 4): 0.089, (2, 2): 0.08, (2, 4): 0.07}
     law.errors = lambda kind, logs, seed, steps: {"validation": errors[logs, steps]}
     assert law.steps(experiments.STUDENT, 1) == 2 and law.steps(experiments.STUDENT, 2) == 4
-    assert law.steps(experiments.WORSE, 2) == 4
+    assert law.steps(experiments.BETTER, 2) == 4
 
 
 def test_a_signal_stops_the_scaling_law_and_nothing_is_kept_of_that_run(

@@ -86,6 +86,26 @@ def test_bfloat16_learns_too_and_the_student_stays_float32():
     )
 
 
+def test_mirrored_pairs_exchange_left_and_right_and_front_and_back_alike():
+    """All four forms come up; clouds and labels change together; a resume draws the same again."""
+    (sample,) = samples_that_move(1)
+    pair = [[sample.pc0], [sample.pc1], [sample.label], [sample.has_flow]]
+    batch, forms = train.Batch(*pair, weights=[], seconds=[0.1], broken=0), set()
+    for number in range(40):
+        generators = [torch.Generator().manual_seed(number) for _ in range(2)]
+        mirrored, again = (train.mirrored(batch, generator) for generator in generators)
+        assert torch.equal(mirrored.pc0s[0], again.pc0s[0])
+        for sign in itertools.product((1.0, -1.0), (1.0, -1.0), (1.0,)):
+            changed = [part * torch.tensor(sign) for part in (sample.pc0, sample.pc1, sample.label)]
+            found = [mirrored.pc0s[0], mirrored.pc1s[0], mirrored.labels[0]]
+            if all(map(torch.equal, found, changed)):
+                forms.add(sign)
+                break
+        else:
+            raise AssertionError("in none of the four forms")
+    assert len(forms) == 4
+
+
 def test_each_step_has_the_weight_the_mask_and_the_rate_that_the_settings_say(monkeypatch):
     """Speed weight for the first part of the steps; only rows with a label and in the grid."""
     seen = []
