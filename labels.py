@@ -668,11 +668,16 @@ def suspicion(label: Label, pair: SweepPair) -> str | None:
 def share_without_partner(label: Label, pair: SweepPair) -> float:
     """The share of labeled points that their flow does not bring near a point of sweep 1."""
     moved = (pair.pc0 + label.flow)[label.has_flow]
-    target = pair.pc1[data.input_masks(pair, label.settings["half_extent_m"])[1]]
+    target = _points_of_sweep_1(label, pair)
     if len(moved) == 0 or len(target) == 0:
         return float(len(moved) > 0)
     distance = nsfp.Neighbors(target).distance(moved, PARTNER_REACH_M, beyond=torch.inf)
     return distance.isinf().float().mean().item()
+
+
+def _points_of_sweep_1(label: Label, pair: SweepPair) -> Tensor:
+    """(M, 3): the points of sweep 1 that the teacher saw."""
+    return pair.pc1[data.input_masks(pair, label.settings["half_extent_m"])[1]]
 
 
 def common_motion(label: Label, pair: SweepPair, reach: float = 0.3) -> CommonMotion:
@@ -684,7 +689,7 @@ def common_motion(label: Label, pair: SweepPair, reach: float = 0.3) -> CommonMo
     rows = label.has_flow.nonzero()[:, 0]
     rows = rows[:: len(rows) // 2000 + 1]
     points, flow = pair.pc0[rows].double(), label.flow[rows].double()  # (N, 3) each
-    target = pair.pc1[data.input_masks(pair, label.settings["half_extent_m"])[1]]
+    target = _points_of_sweep_1(label, pair)
     if len(points) == 0 or len(target) == 0:
         return CommonMotion(0.0, 0.0, 1.0)
     cluster = torch.zeros(len(points), dtype=torch.int64)

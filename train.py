@@ -711,7 +711,7 @@ def one_step(
     # take place after all, they must not have changed either.
     statistics_before = [buffer.clone() for buffer in model.buffers()]
     if settings.mirror:
-        # Drawn anew in each step and process, and the same again after a resume.
+        # Each step and process draws its own forms; after a resume they are the same.
         number = (settings.seed * 10**7 + step) * 1000 + rank_of()[0]
         generator = torch.Generator().manual_seed(number)
         batches = [mirrored(batch, generator) for batch in batches]

@@ -288,9 +288,9 @@ def scaling_law_figure(
 ) -> Figure:
     """The error against the number of logs that were trained on; one panel for each question.
 
-    points: kind of student (see demo.SCALING_LOGS) -> number of logs -> errors in meters, one per
-    seed. levels: errors that do not depend on the number of logs: "no-motion", "teacher" and
-    "better teacher".
+    points: kind of student (see experiments.SCALING_LOGS) -> number of logs -> errors in meters,
+    one per seed. levels: errors that do not depend on the number of logs: "no-motion", "teacher"
+    and "better teacher".
     """
     student, supervised, better = points
     figure = Figure(figsize=(11, 4.5), layout="constrained")

@@ -167,8 +167,13 @@ def check_label(label: Label) -> None:
 
 def is_plausible(flow: torch.Tensor, half_extent_m: Grid) -> bool:
     """Is a flow (N, 3) finite, and everywhere shorter than the grid?"""
+    return bool(plausible_rows(flow, half_extent_m).all())
+
+
+def plausible_rows(flow: torch.Tensor, half_extent_m: Grid) -> torch.Tensor:
+    """(N,) bool: is the flow (N, 3) of a point finite, and shorter than the grid?"""
     # Written so that a NaN, for which every comparison is False, is not plausible.
-    return bool((flow.abs() < 2 * max(half_extent_m)).all())
+    return (flow.abs() < 2 * max(half_extent_m)).all(dim=1)
 
 
 # --- Step 2: the loss of the student --------------------------------------------------------------
@@ -438,8 +443,7 @@ def _add_to(
 def check_flow(flow: torch.Tensor, pair: SweepPair) -> None:
     """Raise DataError if a flow (N0, 3) is not finite, or over 100 m long, at a point of pc0."""
     # NaN has no error: depending on the metric it would count as bad, as good, or not at all.
-    is_short = (flow.abs() < 2 * max(GRID)).all(dim=1)  # False for NaN
-    is_lost = ~is_short & pair.pc0.isfinite().all(dim=1)
+    is_lost = ~plausible_rows(flow, GRID) & pair.pc0.isfinite().all(dim=1)
     if is_lost.any():
         raise DataError(
             f"{tuple(pair.key)}: flow is not finite, or over 100 m long, at "
