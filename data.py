@@ -131,12 +131,14 @@ class SweepPair:
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits of what a method gets: both clouds and ground masks, and the pose."""
+        """16 hex digits of what a method gets: clouds, ground masks, the pose, and the LiDAR."""
         # The last bits of a product depend on the CPU. Rounded to 1 dm, and the pose to 0.1 mm,
         # the numbers are the same on all of them. Adding 0 turns -0 into 0.
         points = [(points.nan_to_num() * 10).round() + 0 for points in (self.pc0, self.pc1)]
         pose = self.ego1_SE3_ego0.round(decimals=4) + 0
-        parts = (*points, pose, self.is_ground0, self.is_ground1)
+        parts = [*points, pose, self.is_ground0, self.is_ground1]
+        if self.lidar1 is not None:
+            parts.append((self.lidar1 * 10).round() + 0)
         content = b"".join(part.numpy().tobytes() for part in parts)
         return hashlib.blake2b(content, digest_size=8).hexdigest()
 

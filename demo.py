@@ -58,7 +58,7 @@ NSFP_ITERATIONS = 100  # of the paper's teacher are timed: all of them take over
 
 # Raise it when the code of the street or the teacher changes so that the same settings give other
 # logs or labels. Otherwise everybody keeps what an older version has made.
-CACHE_VERSION = 4
+CACHE_VERSION = 5
 
 
 def run(settings: train.TrainSettings, demo: DemoSettings) -> dict[str, dict[str, float]]:
@@ -73,7 +73,7 @@ def run(settings: train.TrainSettings, demo: DemoSettings) -> dict[str, dict[str
         file.write(json.dumps(dataclasses.asdict(demo), indent=2).encode())
 
     # The street fits into memory, so each pair is read from disk only once.
-    pairs = train.LabeledPairs(train_set, label_folder, GRID, keep=True)
+    pairs = train.LabeledPairs(train_set, label_folder, GRID, keep=True, doubt=settings.doubt)
     model = train.train_in_folder(train.Samples([pairs], settings.fraction), settings)
     if model is None:
         return {}

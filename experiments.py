@@ -56,8 +56,8 @@ class ScalingLaw:
 
         # Another recipe or another street has other files of results.
         recipe = dataclasses.replace(settings, out="", device="", workers=0, seed=0, steps=None)
-        digest = hashlib.sha256(repr((recipe, street.test_logs, demo.cache_folder().name)).encode())
-        self.digest = digest.hexdigest()[:8]
+        what = (recipe, street.test_logs, demo.cache_folder().name, demo.BETTER_TEACHER)
+        self.digest = hashlib.sha256(repr(what).encode()).hexdigest()[:8]
 
     def train_all(self, kind: str) -> None:
         """Train the students of a kind: first seed 0 of all amounts, which finds the steps."""
@@ -96,8 +96,11 @@ class ScalingLaw:
         if kind == BETTER:
             source = self.label_folder.with_name("labels of the better teacher")
             labels.label_dataset(part, source, demo.BETTER_TEACHER, demo.GRID)
-        samples = train.Samples([train.LabeledPairs(part, source, demo.GRID, keep=True)])
-        changes = {"seed": seed, "steps": steps, "supervised": is_supervised}
+        # A twin has no doubts about its truth.
+        doubt = None if is_supervised else self.settings.doubt
+        pairs = train.LabeledPairs(part, source, demo.GRID, keep=True, doubt=doubt)
+        samples = train.Samples([pairs])
+        changes = {"seed": seed, "steps": steps, "supervised": is_supervised, "doubt": doubt}
         model = train.train(samples, dataclasses.replace(self.settings, **changes))
         if model is None:  # a signal came; half a training is not kept
             raise KeyboardInterrupt
@@ -163,6 +166,7 @@ def why(settings: train.TrainSettings, street: demo.DemoSettings) -> None:
     _print_row(f"labels of {street.train_logs} logs", wrong_by_group(truth, label_of))
 
     part = demo.open_street("train", demo.TRAIN_SEED, street.train_logs, true_flow=False)
+    # Without doubt: here the students are to show what is wrong with all of the labels.
     samples = train.Samples([train.LabeledPairs(part, label_folder, demo.GRID, keep=True)])
     # Then students of either error, on logs that they have not seen.
     for is_squared in (False, True):

@@ -7,10 +7,12 @@ is found by log and time stamps, never by position in a list, so a missing file 
   <folder>/<log_id>/<timestamp0_ns>.feather      a label: row i belongs to row i of sweep 0
   <folder>/<log_id>/<timestamp0_ns>.broken.json  why a pair could not be labeled
 
-Columns: flow_tx_m, flow_ty_m, flow_tz_m (float16; residual flow in meters, ego frame of sweep 0)
-and has_flow (bool; the point is not ground and lies in the grid). The metadata hold a checksum of
-the file, and a fingerprint of the points, ground and ego-motion that the teacher was given: many
-drives have the same names and time stamps, and poses or maps may be added after labeling.
+Columns: flow_tx_m, flow_ty_m, flow_tz_m (float16; residual flow in meters, ego frame of sweep 0),
+has_flow (bool; the point is not ground and lies in the grid), and gain (float16; how certain the
+flow is, see `nsfp.TeacherFlow`; labels of an older version do not have it). The metadata hold a
+checksum of the file, and a fingerprint of the points, ground and ego-motion that the teacher was
+given: many drives have the same names and time stamps, and poses or maps may be added after
+labeling.
 
 Processes and machines need not talk to each other: each makes what is missing in its shard, and a
 file appears whole or not at all. Any run may be killed and started again. The labels that the
@@ -66,7 +68,9 @@ def write_label(folder: str | Path, label: Label) -> Path:
     columns = {}
     for i, name in enumerate(data.FLOW_COLUMNS):
         columns[name] = label.flow[:, i].numpy().astype(np.float16)  # (N0,)
-    table = pyarrow.table({**columns, "has_flow": label.has_flow.numpy()})
+    columns["has_flow"] = label.has_flow.numpy()
+    columns["gain"] = label.gain.numpy().astype(np.float16)
+    table = pyarrow.table(columns)
 
     # The metadata tells whose label this is, even if the file is renamed or moved.
     metadata = {
@@ -105,6 +109,9 @@ def read_label(folder: str | Path, key: PairKey, num_points: int | None = None) 
     content = _read_unspoiled(path)
     table = data.read_feather(path, [*data.FLOW_COLUMNS, "has_flow"], content)
     flow, has_flow = _flow_columns(path, table, "has_flow", _LABEL_AGAIN)
+    gain = torch.full_like(flow[:, 0], torch.nan)
+    if "gain" in table.column_names:
+        gain = torch.from_numpy(data.read_numbers(path, table, ["gain"])[:, 0]).float()
     try:
         metadata = json.loads(table.schema.metadata[b"zeroflow"])
         found = PairKey(*(metadata[name] for name in PairKey._fields))
@@ -124,7 +131,7 @@ def read_label(folder: str | Path, key: PairKey, num_points: int | None = None) 
         rows = f"has {table.num_rows} rows, its sweep has {num_points} points"
         sweep = f"{key.timestamp0_ns} of log {key.log_id}"
         raise DataError(f"{path}: {rows} ({sweep}); {_LABEL_AGAIN}")
-    return Label(key, flow, has_flow, *about)
+    return Label(key, flow, has_flow, *about, gain)
 
 
 _IMPLAUSIBLE = "has flow that is not finite, or as long as the grid"
@@ -294,7 +301,8 @@ def _read_published(files: dict[PairKey, Path], pair: SweepPair) -> Label:
         raise DataError(f"{file}: {_IMPLAUSIBLE}; download it again")
     settings = {"teacher": "published", "half_extent_m": list(data.GRID_HALF_EXTENT_M)}
     # Nobody knows the authors' fingerprint, but their rows have been compared with the pair's.
-    return Label(pair.key, flow, has_flow, settings, math.nan, seconds, pair.fingerprint)
+    gain = torch.full_like(flow[:, 0], torch.nan)
+    return Label(pair.key, flow, has_flow, settings, math.nan, seconds, pair.fingerprint, gain)
 
 
 def _read_published_feather(file: Path, pair: SweepPair) -> tuple[Tensor, Tensor, float]:

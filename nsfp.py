@@ -33,7 +33,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -147,7 +147,17 @@ def estimate_flow(
     diverged gives a flow that is not finite, or absurdly long. Raises ValueError for another shape
     or dtype, or coordinates that are not finite.
     """
-    return estimate_flows([pc0], [pc1], settings, [lidar1])[0]
+    return estimate_flows([pc0], [pc1], settings, [lidar1])[0].flow
+
+
+class TeacherFlow(NamedTuple):
+    """What a teacher says of one pair."""
+
+    flow: Tensor  # (N, 3) float32, meters, residual
+    # (N,) float32: how many times closer to sweep 1 the best motion of the point's cluster brings
+    # it (mean squared distance) than no motion does, whichever of the two was chosen. The nearer to
+    # `evidence`, the less certain was the choice. NaN where nothing was compared.
+    gain: Tensor
 
 
 def estimate_flows(
@@ -155,14 +165,14 @@ def estimate_flows(
     pc1s: Sequence[Tensor],
     settings: NSFPSettings = TEACHERS["fast"],
     lidar1s: Sequence[Tensor | None] | None = None,
-) -> list[Tensor]:
+) -> list[TeacherFlow]:
     """`estimate_flow` of several pairs; with `batch_points` they are fitted side by side."""
     for name, clouds in (("pc0", pc0s), ("pc1", pc1s)):
         for points in clouds:
             _check_cloud(name, points)
 
     # Pairs without points in both sweeps are not fitted: their flow stays zero.
-    results = [torch.zeros_like(pc0) for pc0 in pc0s]
+    results = [not_compared(torch.zeros_like(pc0)) for pc0 in pc0s]
     is_filled = [len(pc0) > 0 and len(pc1) > 0 for pc0, pc1 in zip(pc0s, pc1s, strict=True)]
     filled = [i for i in range(len(pc0s)) if is_filled[i]]
     if settings.cycle:
@@ -174,14 +184,19 @@ def estimate_flows(
 
     for i, flows in zip(filled, candidates, strict=True):  # (K, N, 3), one flow per prior
         if not flows.isfinite().all():
-            results[i] = torch.full_like(pc0s[i], torch.nan)
+            results[i] = not_compared(torch.full_like(pc0s[i], torch.nan))
         elif settings.refine == "none":
-            results[i] = flows[0]
+            results[i] = not_compared(flows[0])
         else:
             sweep1 = pc1s[i] if settings.refine == "sweep" else None
             lidar1 = lidar1s[i] if lidar1s is not None else None
             results[i] = refine_flow(pc0s[i], flows, sweep1, settings, lidar1)
     return results
+
+
+def not_compared(flow: Tensor) -> TeacherFlow:
+    """A flow (N, 3) that nobody has compared with no motion."""
+    return TeacherFlow(flow, torch.full_like(flow[:, 0], torch.nan))
 
 
 def _check_cloud(name: str, points: Tensor) -> None:
@@ -444,7 +459,7 @@ def refine_flow(
     pc1: Tensor | None = None,
     settings: NSFPSettings = TEACHERS["fast"],
     lidar1: Tensor | None = None,
-) -> Tensor:
+) -> TeacherFlow:
     """Flow (N, 3) by which each cluster of pc0 (N, 3) moves rigidly, from any flow (N, 3).
 
     Without pc1, as Chodosh et al. (WACV 2024): a rigid motion is fitted to each cluster's flow by
@@ -456,14 +471,16 @@ def refine_flow(
     to the points of pc1 (ICP), and the one that brings the cluster closest to their surface wins,
     if it does so `evidence` times better than no motion. A point in no cluster moves like the
     nearest cluster that moves, if that is closer to sweep 1. With lidar1 (3,), where the LiDAR
-    stood in sweep 1, points that were hidden from there are no evidence.
+    stood in sweep 1, points that were hidden from there are no evidence. Only this way there is a
+    `gain`, and only for points in a cluster or moved like one.
 
     Raises ValueError for points or flow that are not finite.
     """
     if not all(x is None or x.isfinite().all() for x in (pc0, flow, pc1, lidar1)):
         raise ValueError("points or flow to refine are NaN or infinite; cut those rows first")
     if len(pc0) == 0 or (pc1 is not None and len(pc1) == 0):
-        return torch.zeros_like(pc0)  # nothing to move, or nothing that could confirm a motion
+        # Nothing to move, or nothing that could confirm a motion.
+        return not_compared(torch.zeros_like(pc0))
     points = pc0.detach().cpu().double()  # (N, 3)
     flows = flow.detach().cpu().double().reshape(-1, *pc0.shape)  # (K, N, 3)
 
@@ -472,9 +489,9 @@ def refine_flow(
     scale = torch.tensor([1.0, 1.0, settings.height_scale], dtype=torch.float64)
     cluster = find_clusters(points * scale, settings.cluster_reach, settings.cluster_points)
     members = (cluster >= 0).nonzero()[:, 0]  # rows of pc0
-    result = flows[0].clone() if pc1 is None else torch.zeros_like(points)
+    result = not_compared(flows[0].clone() if pc1 is None else torch.zeros_like(points))
     if len(members) == 0:
-        return result.to(pc0)
+        return TeacherFlow(*(part.to(pc0) for part in result))
 
     # A motion has few parameters: a sample of each cluster is enough to estimate it ...
     sample = _sample_clusters(cluster, members, settings)  # rows of pc0
@@ -487,17 +504,20 @@ def refine_flow(
     if pc1 is not None:
         surface = Surface(pc1.detach().cpu().double())
         lidar1 = lidar1 if lidar1 is None else lidar1.cpu().double()
-        motion = _confirmed_motions(points_s, candidates, cluster_s, surface, lidar1, settings)
+        motion, gain = _confirmed_motions(
+            points_s, candidates, cluster_s, surface, lidar1, settings
+        )
+        result.gain[members] = gain[cluster[members]]
 
     # ... and then all its members move by it, or not at all if they move too little.
     displacement = move(points[members], motion, cluster[members]) - points[members]
     mean_displacement = mean_by_cluster(displacement.norm(dim=1), cluster[members])  # (C,) meters
     is_static = (mean_displacement < settings.min_motion)[cluster[members]]
     displacement[is_static] = 0.0
-    result[members] = displacement
+    result.flow[members] = displacement
     moving = members[~is_static]
     if pc1 is None or len(moving) == 0:
-        return result.to(pc0)
+        return TeacherFlow(*(part.to(pc0) for part in result))
 
     # What is left are points in no cluster, such as those of the beam that grazes a roof.
     loose = (cluster < 0).nonzero()[:, 0]
@@ -506,8 +526,9 @@ def refine_flow(
     moved = move(points[loose], motion, cluster[moving[nearest]])
     reach = settings.confirm_reach
     is_closer = surface.sq_distance(moved, reach) < surface.sq_distance(points[loose], reach)
-    result[loose[is_closer]] = (moved - points[loose])[is_closer]
-    return result.to(pc0)
+    result.flow[loose[is_closer]] = (moved - points[loose])[is_closer]
+    result.gain[loose[is_closer]] = result.gain[moving[nearest]][is_closer]
+    return TeacherFlow(*(part.to(pc0) for part in result))
 
 
 def find_clusters(points: Tensor, reach: float, min_points: int) -> Tensor:
@@ -652,8 +673,12 @@ def _confirmed_motions(
     surface: Surface,
     lidar1: Tensor | None,
     settings: NSFPSettings,
-) -> Tensor:
-    """(C, 3, 4): per cluster the candidate that explains sweep 1 best after ICP, or no motion."""
+) -> tuple[Tensor, Tensor]:
+    """(C, 3, 4): per cluster the candidate that explains sweep 1 best after ICP, or no motion.
+
+    And (C,) the gain: the mean squared distance to sweep 1 without a motion, divided by that with
+    the best candidate. No motion is the one to beat, by the factor `evidence`.
+    """
 
     def mismatch(moved: Tensor, cluster: Tensor, weight: Tensor | None = None) -> Tensor:
         """(C,) mean squared distance to the surface of sweep 1, in m²."""
@@ -661,18 +686,20 @@ def _confirmed_motions(
         distance_sq = surface.sq_distance(moved, settings.confirm_reach)
         return mean_by_cluster(distance_sq + RANGE_NOISE_M**2, cluster, weight)
 
-    # No motion is the one to beat, by the factor `evidence`.
+    # Which candidate is the best, and how much better is it than no motion?
     still = torch.eye(3, 4, dtype=torch.float64).expand_as(candidates[0])
-    best_motion, best_mismatch = still, mismatch(points, cluster) / settings.evidence
+    rest = mismatch(points, cluster)  # (C,)
+    best_motion, best_mismatch = still, torch.full_like(rest, torch.inf)
     for motion in candidates:
         motion = _fit_to_sweep(points, motion, cluster, surface, settings.icp_steps, settings)
         motion_mismatch = mismatch(move(points, motion, cluster), cluster)
         is_better = motion_mismatch < best_mismatch
         best_motion = torch.where(is_better[:, None, None], motion, best_motion)
         best_mismatch = torch.minimum(motion_mismatch, best_mismatch)
+    gain = rest / best_mismatch
 
     # The few that seem to move are fitted better, and looked at twice. Clusters get new numbers.
-    seems_to_move = (best_motion != still).flatten(1).any(dim=1)  # (C,)
+    seems_to_move = gain > settings.evidence  # (C,)
     rows = seems_to_move[cluster].nonzero()[:, 0]
     chosen, slot = cluster[rows].unique(return_inverse=True)
     points, motion, steps = points[rows], best_motion[chosen], settings.final_icp_steps
@@ -684,10 +711,11 @@ def _confirmed_motions(
     if lidar1 is not None and len(rows):
         is_hidden = hidden_points(points, moved, surface.neighbors.points, lidar1)
         weight = (~is_hidden).double()
-    gain = mismatch(points, slot, weight) - settings.evidence * mismatch(moved, slot, weight)
-    best_motion = still.clone()
-    best_motion[chosen[gain > 0]] = motion[gain > 0]
-    return best_motion
+    gain[chosen] = mismatch(points, slot, weight) / mismatch(moved, slot, weight)
+    is_moving = gain[chosen] > settings.evidence
+    motions = still.clone()
+    motions[chosen[is_moving]] = motion[is_moving]
+    return motions, gain
 
 
 def _fit_to_sweep(
@@ -724,20 +752,33 @@ class Surface:
 
     def __init__(self, points: Tensor):
         self.neighbors = Neighbors(points)  # (M, 3) float64
+        self.normal = torch.zeros_like(points)  # (M, 3) of the planes, where they are known
+        self.spacing = torch.zeros_like(points[:, 0])  # (M,) meters to the third neighbor
+        self.is_known = torch.zeros(len(points), dtype=torch.bool)
+
+    def _find_planes(self, rows: Tensor) -> None:
+        """Find the planes around these points, those that are not known yet."""
+        # Only a third of the points of a real sweep are ever asked for.
+        new = torch.zeros_like(self.is_known)
+        new[rows] = True
+        new &= ~self.is_known
+        self.is_known |= new
         # Of the plane through a point and its neighbors, the normal is the direction in which they
         # spread least: the first eigenvector of their covariance.
+        points = self.neighbors.points
         count = min(8, len(points))
-        distance, rows = self.neighbors.tree.query(points.numpy(), [*range(1, count + 1)])
-        around = points[torch.from_numpy(rows)]  # (M, 8, 3)
+        distance, near = self.neighbors.tree.query(points[new].numpy(), [*range(1, count + 1)])
+        around = points[torch.from_numpy(near)]  # (K, 8, 3)
         offset = around - around.mean(dim=1, keepdim=True)
-        self.normal = torch.linalg.eigh(offset.mT @ offset).eigenvectors[:, :, 0]  # (M, 3)
-        self.spacing = torch.from_numpy(distance)[:, min(3, count - 1)]  # (M,) to the third, m
+        self.normal[new] = torch.linalg.eigh(offset.mT @ offset).eigenvectors[:, :, 0]
+        self.spacing[new] = torch.from_numpy(distance)[:, min(3, count - 1)]
 
     def sq_distance(self, queries: Tensor, reach: float) -> Tensor:
         """(N,) squared distance in m² of each query (N, 3) to the surface, reach² at most."""
         points = self.neighbors.points
         row = self.neighbors.nearest(queries, max_distance=1.0)
         is_found, row = row < len(points), row.clamp(max=len(points) - 1)
+        self._find_planes(row[is_found])
         offset = queries - points[row]  # (N, 3)
         across = (offset * self.normal[row]).sum(dim=1)
         along = (offset.square().sum(dim=1) - across.square()).clamp(min=0).sqrt()

@@ -251,10 +251,14 @@ class Reader:
                 if str(error).startswith("DataLoader timed out"):
                     continue
                 # Did a worker die just now? Otherwise this is an error of another kind.
-                sentinels = [worker.sentinel for worker in self.workers]
-                if not (sentinels and multiprocessing.connection.wait(sentinels, timeout=1)):
+                of_sentinel = {worker.sentinel: worker for worker in self.workers}
+                ended = multiprocessing.connection.wait(list(of_sentinel), timeout=1)
+                if not ended:
                     raise
-                code = next(each.exitcode for each in self.workers if not each.is_alive())
+                # Its end of the pipe closes a moment before the system knows its exit code.
+                dead = of_sentinel[ended[0]]
+                dead.join()
+                code = dead.exitcode
                 reasons = {-signal.SIGKILL: _KILLED, -signal.SIGBUS: _SHARED_MEMORY}
                 reason = reasons.get(code, "its own message is above")
                 raise DataError(f"a worker died (exit code {code}): {reason}") from error

@@ -99,6 +99,9 @@ class TrainSettings:
     cosine: bool = False  # warm up for 5 % of the steps, then fall to 0; published: constant rate
     # how the speed of a point weighs its error; published: as the published code does
     speed_weight: Literal["formula", "published", "none"] = "formula"
+    # leave out points that `fast` was not sure about: the best motion explains sweep 1 better than
+    # no motion does, but less than this many times; published: learn from all
+    doubt: float | None = None
     squared_error: bool = False  # square the error of each point; published: its length
     weighted_share: float = 1.0  # share of the steps, the first ones, that use the speed weight
     # show each pair as it is, or with left and right or front and back exchanged; published: no
@@ -125,6 +128,7 @@ class TrainSettings:
 # them weighs by speed.
 _STREET = {"model": "narrow", "steps": 8000, "batch_size": 1, "micro_batch": 1, "workers": 0}
 _STREET |= {"lr": 2e-3, "cosine": True, "weighted_share": 0.5, "clip_norm": 0.5, "mirror": True}
+_STREET |= {"doubt": 1.5}
 
 # The paper's runs. 3x and 5x take the Sensor data set first and the LiDAR data set second. The
 # published XL was trained on six GPUs with two pairs each.
@@ -185,7 +189,16 @@ def _option(name: str) -> str:
 def check_settings(settings: TrainSettings) -> None:
     """Raise DataError for settings that cannot work, before any time is spent."""
     _check_sources(settings)
-    positive = ["epochs", "steps", "batch_size", "micro_batch", "lr", "clip_norm", "fraction"]
+    positive = [
+        "epochs",
+        "steps",
+        "batch_size",
+        "micro_batch",
+        "lr",
+        "clip_norm",
+        "fraction",
+        "doubt",
+    ]
     for name in [*positive, "checkpoint_every", "validate_every"]:
         value = getattr(settings, name)
         if value is not None and not value > 0:
@@ -228,6 +241,8 @@ def _check_sources(settings: TrainSettings) -> None:
     # Each folder of data has labels, and may have counts, of its own.
     if settings.supervised and settings.labels:
         raise DataError("--supervised: learns from the true flow; leave --labels out")
+    if settings.supervised and settings.doubt is not None:
+        raise DataError("--doubt: is about labels; leave it out with --supervised")
     if not settings.supervised and len(settings.labels) != folders:
         found = f"{folders} folders of --data and {len(settings.labels)} of --labels"
         raise DataError(f"{found}: give for each the folder that `zeroflow.py label` wrote")
@@ -375,7 +390,7 @@ def open_samples(settings: TrainSettings) -> Samples:
         options = dataclasses.replace(settings, **own)
         dataset = open_and_report(path, options, true_flow=settings.supervised)
         folder = None if settings.supervised else settings.labels[i]
-        parts.append(LabeledPairs(dataset, folder, grid))
+        parts.append(LabeledPairs(dataset, folder, grid, doubt=settings.doubt))
     return Samples(parts, settings.fraction)
 
 
@@ -384,7 +399,7 @@ class LabeledPairs(Dataset):
 
     folder: of labels. None takes the true flow in the grid of `half_extent_m`, and weighs
     background 0.1 and foreground 1: FastFlow3D's loss. keep: hold what was read in memory.
-    Raises DataError if there is no label at all.
+    doubt: see `TrainSettings`. Raises DataError if there is no label at all.
     """
 
     def __init__(
@@ -393,8 +408,9 @@ class LabeledPairs(Dataset):
         folder: str | Path | None,
         half_extent_m: Sequence[float] = data.GRID_HALF_EXTENT_M,
         keep: bool = False,
+        doubt: float | None = None,
     ):
-        self.dataset, self.half_extent_m = dataset, half_extent_m
+        self.dataset, self.half_extent_m, self.doubt = dataset, half_extent_m, doubt
         self.keep, self.kept = keep, {}
         self.label_folder = None if folder is None else labels.open_labels(folder, dataset)
         labeled = set(dataset.pair_keys if folder is None else self.label_folder.pair_keys)
@@ -421,6 +437,10 @@ class LabeledPairs(Dataset):
         if self.label_folder is not None:
             label = self.label_folder.read(pair)
             flow, has_flow, weight = label.flow, label.has_flow, torch.ones(len(pair.pc0))
+            if self.doubt is not None:
+                # What stands in one pair and moves in the next is learned from the clear cases. An
+                # unknown gain is NaN, for which both comparisons are False.
+                has_flow = has_flow & ~((label.gain >= 1) & (label.gain < self.doubt))
         elif pair.flow is not None:
             flow, has_flow = pair.flow, data.input_masks(pair, self.half_extent_m)[0]
             weight = torch.where(pair.category > 0, 1.0, 0.1)  # category 0 is background

@@ -102,6 +102,8 @@ class Label:
     loss: float  # mean truncated squared distance (m²) from the moved points to sweep 1
     seconds: float  # how long this pair took
     fingerprint: str  # of what the teacher was given: `SweepPair.fingerprint`
+    # (N0,) float32: how much better than no motion a motion explains sweep 1; NaN if not known.
+    gain: torch.Tensor  # See `nsfp.TeacherFlow`.
 
 
 def label_settings(settings: nsfp.NSFPSettings, half_extent_m: Grid = GRID) -> dict:
@@ -132,26 +134,26 @@ def make_labels(
         pc1s.append(pair.pc1[is_target].to(device))
 
     lidar1s = [pair.lidar1 for pair in pairs]
-    estimates = [flow.cpu() for flow in nsfp.estimate_flows(pc0s, pc1s, settings, lidar1s)]
+    estimates = nsfp.estimate_flows(pc0s, pc1s, settings, lidar1s)
     seconds = (time.perf_counter() - start) / max(1, len(pairs))
 
     labels = []
     for i, pair in enumerate(pairs):
         # Row i of the label belongs to row i of sweep 0, so the estimate is put back into its rows.
         has_flow, _ = masks[i]
-        flow = torch.zeros_like(pair.pc0)
-        flow[has_flow] = estimates[i]
+        flow, gain = torch.zeros_like(pair.pc0), torch.full_like(pair.pc0[:, 0], torch.nan)
+        flow[has_flow], gain[has_flow] = estimates[i].flow.cpu(), estimates[i].gain.cpu()
 
         # How well does the flow take sweep 0 onto sweep 1? This is computed the same way for every
         # teacher, so it can be compared between teachers. Without points there is no distance.
         loss = 0.0
         if len(pc0s[i]) and len(pc1s[i]):
-            moved, target = pc0s[i] + estimates[i].to(device), nsfp.Neighbors(pc1s[i])
+            moved, target = pc0s[i] + estimates[i].flow, nsfp.Neighbors(pc1s[i])
             distance_sq = nsfp.truncated_sq_distance(moved, target, settings.truncation_sq)
             loss = distance_sq.mean().item()
 
-        about = label_settings(settings, half_extent_m)
-        labels.append(Label(pair.key, flow, has_flow, about, loss, seconds, pair.fingerprint))
+        about = (label_settings(settings, half_extent_m), loss, seconds, pair.fingerprint)
+        labels.append(Label(pair.key, flow, has_flow, *about, gain))
     return labels
 
 

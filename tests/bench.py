@@ -391,7 +391,7 @@ def slow_teachers(folder: Path) -> None:
         flow = torch.zeros_like(pair.pc0)
         points, found = pair.pc0[is_input], flow_of_nsfp[pair.key][is_input]
         start = time.perf_counter()
-        flow[is_input] = nsfp.refine_flow(points, found, settings=nsfp.TEACHERS["chodosh"])
+        flow[is_input] = nsfp.refine_flow(points, found, settings=nsfp.TEACHERS["chodosh"]).flow
         return zeroflow.Estimate(flow, time.perf_counter() - start)
 
     # In this order: the last estimator needs what the one before it has found.

@@ -1359,9 +1359,10 @@ def test_the_fingerprint_is_of_points_ground_and_pose_and_of_nothing_else(street
         {"pc1": pair.pc1.flip(0)},
         {"is_ground1": ground},
         {"ego1_SE3_ego0": ego1_SE3_ego0},
+        {"lidar1": torch.tensor([0.0, 0.5, 1.7])},
     ]
     changed = [dataclasses.replace(pair, **fields).fingerprint for fields in others]
-    assert len({pair.fingerprint, street[1].fingerprint, *changed}) == 7
+    assert len({pair.fingerprint, street[1].fingerprint, *changed}) == 8
     unseen = dataclasses.replace(pair, log_id="x", timestamp0_ns=1, flow=None, category=None)
     assert unseen.fingerprint == pair.fingerprint
 

@@ -35,14 +35,16 @@ QUICK_OPTIONS = (
     "--priors 1 --hidden-channels 8 --batch-points 64 --iterations 3 --workers 1 --refine none"
 ).split()
 QUICK_SETTINGS = zeroflow.label_settings(QUICK)  # what a label stores
+NO_GAIN = torch.tensor([])  # of a label in whose gain nobody is interested
 
 
 def a_label(n: int = 50) -> zeroflow.Label:
     generator = torch.Generator().manual_seed(n)
     has_flow = torch.rand(n, generator=generator) < 0.7
     flow = torch.randn(n, 3, generator=generator) * has_flow[:, None]
-    key, loss, seconds = data.PairKey("log", 1, 2), 0.25, 1.5
-    return zeroflow.Label(key, flow, has_flow, QUICK_SETTINGS, loss, seconds, fingerprint="a1" * 8)
+    gain = torch.where(has_flow, torch.rand(n, generator=generator), torch.nan)
+    key, loss, seconds, fingerprint = data.PairKey("log", 1, 2), 0.25, 1.5, "a1" * 8
+    return zeroflow.Label(key, flow, has_flow, QUICK_SETTINGS, loss, seconds, fingerprint, gain)
 
 
 def a_made_label(pair: data.SweepPair, settings: nsfp.NSFPSettings = QUICK) -> zeroflow.Label:
@@ -84,12 +86,25 @@ def test_a_label_comes_back_by_its_name_to_half_a_millimeter(tmp_path):
     assert (found.flow - label.flow)[is_slow].abs().max() <= 0.0005
     assert (found.settings, found.loss, found.seconds) == (label.settings, 0.25, 1.5)
     assert found.fingerprint == "a1" * 8
+    torch.testing.assert_close(found.gain, label.gain, atol=0, rtol=1e-3, equal_nan=True)
     assert feather.read_table(path).schema.names == [
         "flow_tx_m",
         "flow_ty_m",
         "flow_tz_m",
         "has_flow",
+        "gain",
     ]
+
+
+def test_a_label_of_an_older_version_has_no_known_gain(tmp_path, monkeypatch):
+    whole = pyarrow.table
+    without = lambda columns: whole({k: v for k, v in columns.items() if k != "gain"})  # noqa: E731
+    monkeypatch.setattr(labels.pyarrow, "table", without)
+    label = a_label()
+    labels.write_label(tmp_path, label)
+    found = labels.read_label(tmp_path, label.key)
+    assert found.gain.shape == (50,) and found.gain.isnan().all()
+    assert torch.equal(found.has_flow, label.has_flow)
 
 
 def _cut(path):
@@ -1005,7 +1020,8 @@ def test_status_compares_a_sample_with_the_sweeps(tmp_path, street, undisturbed)
     folder = tmp_path / "labels"
     shutil.copytree(undisturbed, folder)
     made = labels.read_label(folder, street.pair_keys[3])
-    fewer = dataclasses.replace(made, flow=made.flow[1:], has_flow=made.has_flow[1:])
+    rows = {name: getattr(made, name)[1:] for name in ("flow", "has_flow", "gain")}
+    fewer = dataclasses.replace(made, **rows)
     path = labels.write_label(folder, fewer)
     labels.label_path(folder, street.pair_keys[0]).unlink()
     for sample in (None, 3, 20):
@@ -1199,7 +1215,7 @@ def test_a_scene_in_which_much_moves_is_not_suspected(dense_street):
     pc1[x1 > border, 1] += 1.0
     has_flow = data.input_masks(pair)[0]
     moving = dataclasses.replace(pair, pc1=pc1)
-    label = zeroflow.Label(pair.key, flow, has_flow, QUICK_SETTINGS, 0.0, 0.0, "")
+    label = zeroflow.Label(pair.key, flow, has_flow, QUICK_SETTINGS, 0.0, 0.0, "", NO_GAIN)
     assert labels.common_motion(label, moving).meters < 0.05
     assert labels.suspicion(label, moving) is None
     # If all of it moves, it is suspected; if there are hardly any points, it is not.
@@ -1219,7 +1235,7 @@ def test_a_sweep_that_is_not_whole_or_another_one_is_suspected(dense_street, str
     pair = dense_street
     has_flow = data.input_masks(pair)[0]
     flow = torch.zeros_like(pair.pc0)
-    label = zeroflow.Label(pair.key, flow, has_flow, QUICK_SETTINGS, 0.0, 0.0, "")
+    label = zeroflow.Label(pair.key, flow, has_flow, QUICK_SETTINGS, 0.0, 0.0, "", NO_GAIN)
     assert labels.share_without_partner(label, pair) < 0.05
     half = dataclasses.replace(pair, pc1=torch.where(pair.pc1[:, 1:2] > 0, pair.pc1, torch.nan))
     other = street[len(street) - 1]
@@ -1238,7 +1254,9 @@ def test_a_sweep_that_is_not_whole_or_another_one_is_suspected(dense_street, str
 def test_the_pose_of_the_real_pair_is_right_to_2_cm_and_a_wrong_one_is_found(av2_pair):
     """With the true flow as the label of the right pose."""
     has_flow = data.input_masks(av2_pair)[0]
-    label = zeroflow.Label(av2_pair.key, av2_pair.flow, has_flow, QUICK_SETTINGS, 0.0, 0.0, "")
+    label = zeroflow.Label(
+        av2_pair.key, av2_pair.flow, has_flow, QUICK_SETTINGS, 0.0, 0.0, "", NO_GAIN
+    )
     assert labels.common_motion(label, av2_pair).meters < 0.03
     assert labels.suspicion(label, av2_pair) is None
     wrong = _with_wrong_pose(av2_pair, 0.0, 0.115, 0.0)

@@ -309,7 +309,8 @@ def test_priors_side_by_side_are_priors_one_by_one():
         assert (expected[0] - expected[1]).norm(dim=1).mean() > 0.01, "the priors are to differ"
     together = nsfp.estimate_flows([a0, b0], [a1, b1], settings)
     for flow, pair in zip(together, ((a0, a1), (b0, b1)), strict=True):
-        torch.testing.assert_close(flow, nsfp.estimate_flow(*pair, settings), atol=1e-4, rtol=0)
+        expected = nsfp.estimate_flow(*pair, settings)
+        torch.testing.assert_close(flow.flow, expected, atol=1e-4, rtol=0)
 
 
 def test_without_batches_every_step_of_the_fast_fit_sees_all_points():
@@ -329,7 +330,7 @@ def test_without_batches_every_step_of_the_fast_fit_sees_all_points():
         torch.set_default_dtype(before)
     together = nsfp.estimate_flows(*zip(*pairs, strict=True), settings)
     for flow, (pc0, pc1) in zip(together, pairs, strict=True):
-        assert torch.equal(flow[None], nsfp.fit_fast([pc0], [pc1], settings)[0])
+        assert torch.equal(flow.flow[None], nsfp.fit_fast([pc0], [pc1], settings)[0])
     with pytest.raises(ValueError, match="several pairs at once need batch_points"):
         nsfp.fit_fast(*zip(*pairs, strict=True), settings)
 
@@ -689,7 +690,7 @@ def test_a_cluster_moves_rigidly_through_the_outliers_of_its_flow():
     flow[:400][is_wrong] += 0.5 + torch.rand(int(is_wrong.sum()), 3, generator=generator)
     for sample in (None, 100):
         settings = dataclasses.replace(TEACHERS["chodosh"], cluster_sample=sample)
-        refined = nsfp.refine_flow(pc0, flow, settings=settings)
+        refined = nsfp.refine_flow(pc0, flow, settings=settings).flow
         assert (refined[:-1] - truth).norm(dim=1).max() < 0.001
         assert torch.equal(refined[-1], flow[-1])  # in no cluster: as it was
     assert refined.dtype == torch.float32 and refined.shape == pc0.shape
@@ -700,7 +701,7 @@ def test_the_last_fit_averages_the_noise_of_the_flow():
     box = a_box((20.0, 0, 0))
     noise = torch.randn(400, 3, generator=torch.Generator().manual_seed(0))
     flow = torch.tensor([0.5, 0, 0]) + 0.03 * noise
-    refined = nsfp.refine_flow(box, flow, settings=TEACHERS["chodosh"])
+    refined = nsfp.refine_flow(box, flow, settings=TEACHERS["chodosh"]).flow
     assert (refined - torch.tensor([0.5, 0, 0])).norm(dim=1).max() < 0.01
 
 
@@ -714,7 +715,7 @@ def test_a_small_motion_becomes_none_wherever_it_is():
         motion = a_turn(0.2, center, (shift, 0.0, 0.0))
         assert motion[:, 3].norm() > 0.1
         flow = (box @ motion[:, :3].T + motion[:, 3] - box).float()
-        refined = nsfp.refine_flow(box.float(), flow, settings=TEACHERS["chodosh"])
+        refined = nsfp.refine_flow(box.float(), flow, settings=TEACHERS["chodosh"]).flow
         assert (not refined.any()) == is_static
         expected = torch.zeros_like(flow) if is_static else flow
         torch.testing.assert_close(refined, expected, atol=1e-5, rtol=0)
@@ -730,9 +731,9 @@ def test_sweep_1_chooses_the_candidate_and_icp_completes_it():
     first, second = nonsense.clone(), nonsense.clone()
     first[:400] = truth[:400] + torch.tensor([0.1, 0.05, 0.0])
     second[400:] = truth[400:] + torch.tensor([0.0, -0.1, 0.03])
-    refined = nsfp.refine_flow(pc0, torch.stack([nonsense, first, second]), pc1)
+    refined = nsfp.refine_flow(pc0, torch.stack([nonsense, first, second]), pc1).flow
     assert (refined - truth).norm(dim=1).max() < 0.02
-    assert (nsfp.refine_flow(pc0, nonsense, pc1) - truth).norm(dim=1).mean() > 0.3
+    assert (nsfp.refine_flow(pc0, nonsense, pc1).flow - truth).norm(dim=1).mean() > 0.3
 
 
 def test_a_motion_that_sweep_1_does_not_confirm_becomes_none():
@@ -745,7 +746,7 @@ def test_a_motion_that_sweep_1_does_not_confirm_becomes_none():
     still = torch.cat([a_box((10.0, 0, 0)), torch.tensor([[0.0, -20, 0]])])
     flow = torch.full((701, 3), 0.3)
     pc0, pc1 = torch.cat([still, wall[0]]), torch.cat([still, wall[1]])
-    assert not nsfp.refine_flow(pc0, flow, pc1).any()
+    assert not nsfp.refine_flow(pc0, flow, pc1).flow.any()
 
 
 def test_a_motion_must_explain_sweep_1_by_evidence_times_less_squared_distance():
@@ -764,7 +765,23 @@ def test_a_motion_must_explain_sweep_1_by_evidence_times_less_squared_distance()
     no_icp = {"icp_steps": 0, "final_icp_steps": 0}
     for evidence, moves in ((0.9 * ratio, True), (1.1 * ratio, False)):
         settings = dataclasses.replace(TEACHERS["fast"], evidence=evidence, **no_icp)
-        assert bool(nsfp.refine_flow(box, truth.expand(400, 3), sweep1, settings).any()) == moves
+        refined = nsfp.refine_flow(box, truth.expand(400, 3), sweep1, settings)
+        assert bool(refined.flow.any()) == moves
+        # The gain is that factor, whichever was chosen.
+        assert refined.gain.tolist() == pytest.approx([ratio] * 400, rel=1e-4)
+
+
+def test_only_points_whose_motion_was_compared_with_no_motion_have_a_gain():
+    """A box, a lone point, and both without a sweep 1. No motion explains a static box best: its
+    gain is below that of one that moves.
+    """
+    pc0 = torch.cat([a_box((10.0, 0, 0)), torch.tensor([[0.0, -20, 0]])])
+    flow = torch.tensor([0.3, 0.3, 0.0]).expand(401, 3)
+    still, moving = (nsfp.refine_flow(pc0, flow, pc1) for pc1 in (pc0, pc0 + flow))
+    assert (still.gain[:400] <= 1.5).all() and (moving.gain[:400] > 10).all()
+    assert still.gain[400].isnan() and moving.gain[400].isnan()
+    for pc1, teacher in ((None, "chodosh"), (pc0[:0], "fast")):
+        assert nsfp.refine_flow(pc0, flow, pc1, TEACHERS[teacher]).gain.isnan().all()
 
 
 def scan_lines(y_from: float, y_to: float, height_m: float, spacing: float = 0.3) -> torch.Tensor:
@@ -780,10 +797,10 @@ def test_a_shifted_pattern_of_scan_lines_is_no_motion():
     pc0, pc1 = scan_lines(-1, 1, -1.0), scan_lines(-1, 1, -0.9)
     flow = torch.tensor([0.0, 0.0, 0.1]).expand_as(pc0)
     for order in ([0, 1, 2], [0, 2, 1]):  # shifted up; and upright lines that are shifted aside
-        assert not nsfp.refine_flow(pc0[:, order], flow[:, order], pc1[:, order]).any()
+        assert not nsfp.refine_flow(pc0[:, order], flow[:, order], pc1[:, order]).flow.any()
     # The wall itself comes nearer: that is one.
     flow = torch.tensor([-0.2, 0, 0]).expand_as(pc0)
-    refined = nsfp.refine_flow(pc0, flow, pc1 - torch.tensor([0.2, 0, 0]))
+    refined = nsfp.refine_flow(pc0, flow, pc1 - torch.tensor([0.2, 0, 0])).flow
     torch.testing.assert_close(refined[:, 0], flow[:, 0], atol=0.01, rtol=0)
 
 
@@ -799,14 +816,14 @@ def test_a_wall_behind_a_parked_car_does_not_slide():
     sweep0, sweep1 = torch.cat([pc0, car]), torch.cat([pc1, car])
     flow = torch.zeros(len(sweep0), 3)
     flow[: len(pc0), 1] = -0.5
-    assert nsfp.refine_flow(sweep0, flow, sweep1).any()
-    assert not nsfp.refine_flow(sweep0, flow, sweep1, lidar1=lidar1).any()
+    assert nsfp.refine_flow(sweep0, flow, sweep1).flow.any()
+    assert not nsfp.refine_flow(sweep0, flow, sweep1, lidar1=lidar1).flow.any()
 
 
 def test_what_comes_nearer_hides_its_own_old_place_and_yet_moves():
     box = a_box((10.0, 0, 0))
     flow = torch.tensor([-2.0, 0, 0]).expand_as(box)
-    refined = nsfp.refine_flow(box, flow, box + flow, lidar1=torch.zeros(3))
+    refined = nsfp.refine_flow(box, flow, box + flow, lidar1=torch.zeros(3)).flow
     torch.testing.assert_close(refined, flow, atol=0.01, rtol=0)
 
 
@@ -833,7 +850,7 @@ def test_points_in_no_cluster_move_like_the_nearest_cluster_if_sweep_1_is_closer
     far = torch.tensor([[10.0, 0, 4.0]])  # beyond join_reach
     pc0 = torch.cat([box, moves_along, stands, far])
     pc1 = torch.cat([box + shift, moves_along + shift, stands, far + shift])
-    refined = nsfp.refine_flow(pc0, shift.expand_as(pc0), pc1)
+    refined = nsfp.refine_flow(pc0, shift.expand_as(pc0), pc1).flow
     expected = torch.stack([shift, torch.zeros(3), torch.zeros(3)])
     torch.testing.assert_close(refined[-3:], expected, atol=0.01, rtol=0)
 
@@ -846,7 +863,7 @@ def test_heights_count_less_when_clusters_are_found():
     flow[:400, 0] = 0.5
     for height_scale, is_one in ((0.4, True), (1.0, False)):
         settings = dataclasses.replace(TEACHERS["chodosh"], height_scale=height_scale)
-        refined = nsfp.refine_flow(torch.cat([box, line]), flow, settings=settings)
+        refined = nsfp.refine_flow(torch.cat([box, line]), flow, settings=settings).flow
         torch.testing.assert_close(refined[:400], flow[:400], atol=0.01, rtol=0)
         assert bool(refined[400:].any()) == is_one
 
@@ -873,7 +890,7 @@ def test_a_small_motion_that_sweep_1_confirms_becomes_none_too():
     box = a_box((10.0, 0, 0))
     for shift, moves in ((0.04, False), (0.06, True)):
         flow = torch.tensor([shift, 0, 0]).expand(400, 3)
-        assert bool(nsfp.refine_flow(box, flow, box + flow).any()) == moves
+        assert bool(nsfp.refine_flow(box, flow, box + flow).flow.any()) == moves
 
 
 def test_ransac_tries_until_half_agree_and_no_longer(monkeypatch):
@@ -923,9 +940,9 @@ def test_each_cluster_is_sampled_at_random_up_to_cluster_sample_points():
 def test_what_cannot_be_refined_is_zero_or_refused():
     box, empty = a_box((10.0, 0, 0)), torch.zeros(0, 3)
     flow = torch.ones_like(box)
-    assert nsfp.refine_flow(empty, empty).shape == (0, 3)
-    assert nsfp.refine_flow(empty, empty[None], box).shape == (0, 3)
-    assert not nsfp.refine_flow(box, flow, empty).any()
+    assert nsfp.refine_flow(empty, empty).flow.shape == (0, 3)
+    assert nsfp.refine_flow(empty, empty[None], box).flow.shape == (0, 3)
+    assert not nsfp.refine_flow(box, flow, empty).flow.any()
     for broken in ((box, flow / 0), (box / 0, flow), (box, flow, box / 0)):
         with pytest.raises(ValueError, match="points or flow to refine are NaN or infinite"):
             nsfp.refine_flow(*broken)
@@ -938,7 +955,7 @@ def test_clouds_without_clusters_keep_their_flow_or_get_none_if_sweep_1_decides(
     for n in (1, 2, 9):
         pc1 = pc0[:n] + 0.3 if refine == "sweep" else None
         expected = torch.zeros(n, 3) if refine == "sweep" else flow[:n]
-        assert torch.equal(nsfp.refine_flow(pc0[:n], flow[:n], pc1), expected)
+        assert torch.equal(nsfp.refine_flow(pc0[:n], flow[:n], pc1).flow, expected)
 
 
 def test_chodosh_is_nsfp_and_then_refined():
@@ -947,7 +964,7 @@ def test_chodosh_is_nsfp_and_then_refined():
         dataclasses.replace(TEACHERS[name], iterations=5) for name in ("nsfp", "chodosh")
     )
     unrefined = nsfp.estimate_flow(pc0, pc1, nsfp5)
-    expected = nsfp.refine_flow(pc0, unrefined, settings=chodosh5)
+    expected = nsfp.refine_flow(pc0, unrefined, settings=chodosh5).flow
     assert torch.equal(nsfp.estimate_flow(pc0, pc1, chodosh5), expected)
     assert not torch.equal(unrefined, expected)
 

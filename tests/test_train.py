@@ -266,6 +266,21 @@ def test_samples_are_the_rows_that_are_not_ground_with_their_own_labels(tmp_path
     assert is_inside.sum() < data.input_masks(pair)[0].sum()
 
 
+def test_points_that_the_teacher_was_not_sure_about_are_left_out_if_asked_for(tmp_path, street):
+    """Those whose gain is from 1 to less than the doubt, and none of which it is not known."""
+    labels.label_dataset(street, tmp_path, QUICK_TEACHER, workers=1)
+    label = labels.read_label(tmp_path, street.pair_keys[0])
+    gains = torch.tensor([0.5, 1.0, 1.25, 1.5, 9.0, torch.nan])  # exact in float16
+    gain = gains[torch.arange(len(label.flow)) % 6]
+    labels.write_label(tmp_path, dataclasses.replace(label, gain=gain))
+    kept = ~street[0].is_ground0
+    is_doubtful = torch.isin(gain, torch.tensor([1.0, 1.25]))
+    assert (is_doubtful & label.has_flow).any()
+    for doubt, expected in ((None, label.has_flow), (1.5, label.has_flow & ~is_doubtful)):
+        sample = train.LabeledPairs(street, tmp_path, doubt=doubt)[0]
+        assert torch.equal(sample.has_flow, expected[kept])
+
+
 def test_a_pair_without_a_label_is_left_out_and_no_label_at_all_is_an_error(
     tmp_path, street, capsys
 ):
