@@ -13,12 +13,14 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import inspect
 import itertools
 import json
 import math
 import os
 import re
+import statistics
 import sys
 import time
 import types
@@ -379,6 +381,10 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     # Every method is scored on the points of one student's grid, see --model.
     if arguments.model:
         half_extent_m = fastflow3d.MODELS[arguments.model].half_extent_m
+    if not _has_truth(dataset):
+        return _judge(arguments, dataset, estimator, half_extent_m)
+    if arguments.against:
+        raise DataError("--against: is for data without annotations; leave it out")
     mask_of = masks.mask if masks else functools.partial(challenge.mask_of, dataset)
     evaluation = zeroflow.evaluate(
         dataset, estimator, half_extent_m, mask_of, arguments.max_broken
@@ -399,6 +405,35 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         _draw_figures(arguments.figures, dataset, estimator, name, evaluation, half_extent_m)
     if numbers["broken"]:
         print(f"{numbers['broken']} pairs were left out; stderr says why")
+    return 1 if numbers["broken"] else 0
+
+
+def _has_truth(dataset: data.Pairs) -> bool:
+    """Does the first pair that can be read have a true flow? If none can, the caller finds out."""
+    for index in range(len(dataset)):
+        with contextlib.suppress(DataError, OSError):
+            return dataset[index].flow is not None
+    return True
+
+
+def _judge(arguments: argparse.Namespace, dataset: data.Pairs, estimator, half_extent_m) -> int:
+    """`evaluate` without a truth: what can be said, and no error."""
+    import look  # Pillow and matplotlib are loaded only when they are needed
+
+    if arguments.figures:
+        raise DataError("--figures: draws errors, and this data has no annotations; see `show`")
+    other = None
+    if arguments.against:
+        other = labels.from_labels(labels.open_labels(arguments.against, dataset))
+    numbers = look.judge(dataset, estimator, half_extent_m, other, arguments.max_broken)
+    size = " x ".join(f"{2 * half:g}" for half in half_extent_m)
+    print(f"{numbers['pairs']} pairs without annotations; the grid is {size} m")
+    print("no error can be measured; these are means over pairs:\n")
+    for name, about in look.JUDGED.items():
+        if name in numbers:
+            print(f"{numbers[name]:10.4f}  {about}")
+    if arguments.json:
+        _write_json(arguments.json, numbers)
     return 1 if numbers["broken"] else 0
 
 
@@ -491,10 +526,11 @@ def _name_of_method(arguments: argparse.Namespace) -> str:
     return str(next(value for value in given if value))
 
 
-def _load_student(arguments: argparse.Namespace) -> torch.nn.Module:
+def _load_student(arguments: argparse.Namespace, file: str | None = None) -> torch.nn.Module:
+    """The student of `file`, or of --checkpoint."""
     train.check_device(arguments.device)
     try:
-        model = fastflow3d.load_checkpoint(arguments.checkpoint)
+        model = fastflow3d.load_checkpoint(file or arguments.checkpoint)
     except ValueError as error:
         raise DataError(error) from error
     if arguments.device == "cpu" and model.settings == fastflow3d.MODELS["narrow"]:
@@ -540,10 +576,158 @@ def _draw_figures(
     print(f"figures: {folder}/" + ".png, ".join(figures) + ".png")
 
 
+# --- Look -----------------------------------------------------------------------------------------
+
+
+def _video(arguments: argparse.Namespace) -> int:
+    import look  # Pillow and matplotlib are loaded only when something is drawn
+
+    if arguments.out is None and arguments.rerun is None:
+        raise DataError("nothing to write: give --out, --rerun, or both")
+    if arguments.out is not None:
+        look.check_film_file(arguments.out)
+    dataset, estimators, half_m = _methods_to_show(arguments)
+    keys = look.pairs_of_log(dataset, arguments.log, arguments.start, arguments.end)
+
+    # Without a chosen rate, the film is as fast as the drive.
+    fps = arguments.fps or 1 / statistics.median(key.seconds for key in keys)
+    recording = look.Recording(arguments.rerun, dataset) if arguments.rerun else None
+    watch = recording.add if recording else None
+    frames = look.film_frames(dataset, keys, estimators, arguments.view, half_m, watch)
+    if arguments.out is None:
+        count = sum(1 for _ in frames)
+    else:
+        count = look.write_film(arguments.out, frames, fps)
+        megabytes = arguments.out.stat().st_size / 1e6
+        size = f"{count} frames, {fps:.3g} per second, {megabytes:.1f} MB"
+        print(f"{arguments.out}: {size}")
+    if recording:
+        recording.close()
+        print(f"{arguments.rerun}: {count} pairs; look at it with `rerun {arguments.rerun}`")
+    return 0 if count == len(keys) else 1
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    import look  # Pillow and matplotlib are loaded only when something is drawn
+    import viz
+
+    _check_picture(arguments.out)
+    dataset, estimators, half_m = _methods_to_show(arguments)
+    pair = dataset.read(look.pairs_of_log(dataset, arguments.log, arguments.at)[0])
+    flows = {name: estimator(pair).flow for name, estimator in estimators.items()}
+    figure = viz.flow_figure(pair, flows, half_m, arguments.around)
+    figure.suptitle(f"{pair.log_id}, sweep {pair.timestamp0_ns}")
+    figure.savefig(arguments.out, dpi=120)
+    print(f"wrote {arguments.out}")
+    return 0
+
+
+def _methods_to_show(
+    arguments: argparse.Namespace,
+) -> tuple[data.Pairs, dict[str, zeroflow.Estimator], float]:
+    """The data, the methods by name in the order of panels, and how far a panel reaches (m)."""
+    if arguments.range is not None and not arguments.range > 0:
+        raise DataError(f"--range {arguments.range}: must be positive")
+    train.check_device(arguments.device)
+    students = {}
+    for file in arguments.checkpoint:
+        name = "student" if len(arguments.checkpoint) == 1 else file
+        students[name] = _load_student(arguments, file)
+
+    # What is drawn is what the student of the first checkpoint sees, unless --model asks otherwise.
+    grid = fastflow3d.MODELS[arguments.model or "normal"].half_extent_m
+    if students and not arguments.model:
+        grid = next(iter(students.values())).settings.half_extent_m
+    dataset = train.open_and_report(arguments.data, arguments, true_flow=arguments.truth)
+    import look
+
+    estimators = {"truth": look.true_flow} if arguments.truth else {}
+    for name in arguments.baseline:
+        estimators[name] = zeroflow.from_baseline(name, grid)
+    for folder in arguments.labels:
+        name = "labels" if len(arguments.labels) == 1 else folder
+        estimators[name] = labels.from_labels(labels.open_labels(folder, dataset))
+    for name in arguments.teacher:
+        torch.set_num_threads(1)
+        teacher = dataclasses.replace(nsfp.TEACHERS[name], seed=arguments.seed or 0)
+        estimators[name] = zeroflow.from_teacher(teacher, grid, arguments.device)
+    for name, model in students.items():
+        estimators[name] = zeroflow.from_student(model)
+    if not estimators:
+        options = "--checkpoint, --labels, --teacher, --baseline or --truth"
+        raise DataError(f"nothing to show: give {options}, one or more")
+    return dataset, estimators, arguments.range or grid[0]
+
+
+def _check_picture(file: Path) -> None:
+    """Raise DataError unless a picture can be written there."""
+    suffixes = (".png", ".pdf", ".svg")
+    if file.suffix not in suffixes:
+        raise DataError(f"{file}: choose a name that ends in {' or '.join(suffixes)}")
+    if not file.parent.is_dir():
+        raise DataError(f"{file}: there is no such folder; make it first")
+
+
 # --- Use ------------------------------------------------------------------------------------------
 
 
 def _predict(arguments: argparse.Namespace) -> int:
+    if arguments.data is not None:
+        if arguments.cloud0 or arguments.pose or arguments.picture:
+            raise DataError("--data: leave out CLOUD0, CLOUD1, --pose and --picture; see `show`")
+        return _predict_folder(arguments)
+    if arguments.cloud1 is None:
+        raise DataError("give two clouds, CLOUD0 and CLOUD1, or a folder of them as --data")
+    if arguments.poses is not None:
+        raise DataError("--poses: belongs to a folder of clouds, --data; two clouds need --pose")
+    if arguments.ground not in ("auto", "points", "none"):
+        raise DataError(f"--ground {arguments.ground}: two clouds have no map; points or none")
+    return _predict_two(arguments)
+
+
+def _predict_folder(arguments: argparse.Namespace) -> int:
+    """One file per pair; those that are there already are kept."""
+    out = arguments.out
+    if out.suffix or (out.exists() and not out.is_dir()):
+        raise DataError(f"{out}: with --data, give a folder, in which each pair has a file")
+    model = _load_student(arguments)
+    dataset = train.open_and_report(arguments.data, arguments, true_flow=False)
+
+    # Flow of another student, or of another kind, must not get mixed with this one's.
+    weights = hashlib.sha256(Path(arguments.checkpoint).read_bytes()).hexdigest()
+    _claim_predictions(out, {"checkpoint_sha256": weights, "total": arguments.total})
+    done, failed = 0, []
+    for key in tqdm(dataset.pair_keys, desc="predict", unit="pair"):
+        file = out / key.log_id / f"{key.timestamp0_ns}.feather"
+        if file.exists():
+            done += 1
+            continue
+        try:
+            pair = dataset.read(key)
+        except (DataError, OSError) as error:
+            print(f"left out: {error}", file=sys.stderr)
+            failed.append(key)
+            continue
+        flow, has_flow = zeroflow.student_flow(model, pair)
+        flow = data.total_flow(flow, pair) if arguments.total else flow
+        write_flow(file, flow, has_flow)
+    made = len(dataset) - done - len(failed)
+    print(f"{out}: {made} pairs predicted, {done} were there already, {len(failed)} left out")
+    return 1 if failed else 0
+
+
+def _claim_predictions(folder: Path, settings: dict) -> None:
+    """Write settings.json of a new folder. Raises DataError if it holds flow of other settings."""
+    file = folder / "settings.json"
+    if file.exists():
+        remedy = "choose another folder"
+        if demo.read_json(file, remedy) != settings:
+            raise DataError(f"{folder}: holds flow of another student, or other flow; {remedy}")
+    with data.atomic_file(file) as out:
+        out.write(json.dumps(settings, indent=2).encode())
+
+
+def _predict_two(arguments: argparse.Namespace) -> int:
     _check_out_files(arguments)
     points0 = _read_cloud(arguments.cloud0, arguments)
     points1 = _read_cloud(arguments.cloud1, arguments)
@@ -553,7 +737,7 @@ def _predict(arguments: argparse.Namespace) -> int:
 
     # A student has never seen ground. Without a map it is found from the points alone.
     is_ground0 = is_ground1 = None
-    if arguments.ground == "points":
+    if arguments.ground != "none":
         is_ground0 = clouds.is_ground_without_map(points0)
         is_ground1 = clouds.is_ground_without_map(points1)
         shares = f"{is_ground0.mean():.0%} and {is_ground1.mean():.0%} of the points"
@@ -561,6 +745,7 @@ def _predict(arguments: argparse.Namespace) -> int:
 
     model = _load_student(arguments)
     pair = clouds.pair_of_clouds(points0, points1, pose, is_ground0, is_ground1)
+    pair = dataclasses.replace(pair, timestamp1_ns=round(1e9 / arguments.rate_hz))
     start = time.perf_counter()
     flow, has_flow = zeroflow.student_flow(model, pair)
     seconds = time.perf_counter() - start
@@ -590,18 +775,14 @@ def _predict(arguments: argparse.Namespace) -> int:
 def _read_cloud(file: Path, arguments: argparse.Namespace) -> np.ndarray:
     """A cloud (N, 3) of `predict`; rows that are not a return, or too near, are NaN."""
     points = clouds.read_cloud(file, arguments.columns)
-    return clouds.no_returns_to_nan(points, arguments.min_range_m)
+    return clouds.no_returns_to_nan(points, arguments.min_range_m or 0.0)
 
 
 def _check_out_files(arguments: argparse.Namespace) -> None:
-    for file, suffixes in (
-        (arguments.out, (".feather", ".npz")),
-        (arguments.picture, (".png", ".pdf", ".svg")),
-    ):
-        if file is not None and file.suffix not in suffixes:
-            raise DataError(f"{file}: choose a name that ends in {' or '.join(suffixes)}")
-    if arguments.picture is not None and not arguments.picture.parent.is_dir():
-        raise DataError(f"{arguments.picture}: there is no such folder; make it first")
+    if arguments.out.suffix not in (".feather", ".npz"):
+        raise DataError(f"{arguments.out}: choose a name that ends in .feather or .npz")
+    if arguments.picture is not None:
+        _check_picture(arguments.picture)
 
 
 def write_flow(file: Path, flow: torch.Tensor, has_flow: torch.Tensor) -> None:
@@ -741,6 +922,8 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     _add_status(commands)
     _add_evaluate(commands)
     _add_submit(commands)
+    _add_show(commands)
+    _add_video(commands)
     _add_predict(commands)
     _add_curve(commands)
     return parser
@@ -833,6 +1016,8 @@ def _add_evaluate(commands) -> None:
             metavar="PATH")
     _option(sub, "--json", "write all numbers to this file; metrics.py explains their names",
             metavar="FILE")
+    _option(sub, "--against", "on data without annotations, compare with the labels in this folder",
+            metavar="DIR")
     _option(sub, "--figures", "draw errors by speed, distance and time, and two pairs, into this "
             "folder", type=Path, metavar="DIR")
     _add_max_broken(sub, "the pairs")
@@ -875,31 +1060,86 @@ def _add_method_options(sub: argparse.ArgumentParser):
     return methods
 
 
+def _add_show(commands) -> None:
+    sub = _command(commands, "show", _show,
+                   "draw one pair from above: both sweeps, the flow of one or more methods by "
+                   "color, and their errors with --truth",
+                   "--data clouds --checkpoint run/last.pt --out pair.png")
+    _add_methods_to_show(sub)
+    _option(sub, "--at", "seconds from the first sweep of the log to the pair",
+            type=float, default=0.0, metavar="S")
+    _option(sub, "--around", "center of the picture in meters, ahead and to the left (default: "
+            "the ego)", type=float, nargs=2, metavar=("X", "Y"))
+    _option(sub, "--out", "picture to write, .png, .pdf or .svg",
+            required=True, type=Path, metavar="FILE")
+
+
+def _add_video(commands) -> None:
+    sub = _command(commands, "video", _video,
+                   "make a film of a log, with a panel per method; flow is shown by color, hue for "
+                   "direction and saturation for speed", "--data clouds --checkpoint run/last.pt "
+                   "--out film.gif")
+    _add_methods_to_show(sub)
+    _option(sub, "--view", "from above with the ego looking to the right; from above and turned as "
+            "the map is; or from above and behind", choices=("ego", "world", "3d"), default="ego")
+    _option(sub, "--from", "seconds from the first sweep of the log to the film's first",
+            dest="start", type=float, default=0.0, metavar="S")
+    _option(sub, "--to", "seconds from the first sweep of the log to the film's last (default: the "
+            "end of the log)", dest="end", type=float, metavar="S")
+    _option(sub, "--fps", "frames per second of the film (default: those of the drive)",
+            type=float, metavar="N")
+    _option(sub, "--out", "film to write, .gif, .webp, or .mp4 where ffmpeg is installed",
+            type=Path, metavar="FILE")
+    _option(sub, "--rerun", "also write points, flow and boxes for the viewer of rerun.io, .rrd",
+            type=Path, metavar="FILE")
+
+
+def _add_methods_to_show(sub: argparse.ArgumentParser) -> None:
+    """--data, a log of it, and the methods to show side by side."""
+    _add_data_options(sub)
+    _option(sub, "--log", "name of the log to show (default: the first one)", metavar="ID")
+    again = {"action": "append", "default": []}
+    sub.add_argument("--truth", action="store_true", help="show the true flow")
+    sub.add_argument("--baseline", choices=zeroflow.BASELINES, help="show a baseline", **again)
+    sub.add_argument("--labels", metavar="DIR", help="show the labels of this folder", **again)
+    sub.add_argument("--teacher", choices=nsfp.TEACHERS, help="fit this teacher to each pair now",
+                     **again)
+    sub.add_argument("--checkpoint", metavar="FILE", help="show a student; this option and the "
+                     "last three may be given several times", **again)
+    _option(sub, "--seed", "seed of the teacher (default: 0)", type=int)
+    _option(sub, "--model", "the student whose grid the others use (default: that of the first "
+            "checkpoint, else `normal`)", choices=fastflow3d.MODELS)
+    _option(sub, "--range", "how far the picture reaches, in meters (default: the grid's)",
+            type=float, metavar="M")
+    _option(sub, "--device", "cpu or cuda", default=train.default_device())
+    _option(sub, "--dtype", "number format of the student's U-Net",
+            choices=("float32", "bfloat16"), default="float32")
+
+
 def _add_predict(commands) -> None:
     sub = _command(commands, "predict", _predict,
-                   "estimate the flow between two clouds of your own, one output row per point of "
-                   "CLOUD0", "--checkpoint run/last.pt 0.bin 1.bin --pose pose.txt --out flow.npz")
+                   "estimate the flow between two clouds of your own, or between all consecutive "
+                   "sweeps of a folder; one output row per point of the first cloud",
+                   "--checkpoint run/last.pt 0.bin 1.bin --pose pose.txt --out flow.npz")
 
     # What goes in, ...
     suffixes = ", ".join(clouds.CLOUD_SUFFIXES)
-    _option(sub, "cloud0", f"the first sweep, one of {suffixes}", type=Path, metavar="CLOUD0")
-    _option(sub, "cloud1", "the next sweep", type=Path, metavar="CLOUD1")
+    _option(sub, "cloud0", f"the first sweep, one of {suffixes}",
+            type=Path, nargs="?", metavar="CLOUD0")
+    _option(sub, "cloud1", "the next sweep", type=Path, nargs="?", metavar="CLOUD1")
+    _option(sub, "--pose", "ego1_SE3_ego0 of two clouds, 4 x 4, as text or .npy",
+            type=Path, metavar="FILE")
+    _add_data_options(sub, required=False)
     _option(sub, "--checkpoint", "a student: a checkpoint of train.py, or a published file",
             required=True, metavar="FILE")
-    _option(sub, "--pose", "ego1_SE3_ego0, 4 x 4, as text or .npy", type=Path, metavar="FILE")
-    _option(sub, "--columns", "numbers per row of .bin clouds (default: recognized)",
-            type=int, metavar="N")
-    _option(sub, "--min-range-m", "nearer points are the ego's own body, and ignored",
-            dest="min_range_m", type=float, default=0.0, metavar="M")
-    _option(sub, "--ground", "how to find the ground, which gets no flow of its own",
-            choices=("points", "none"), default="points")
 
     # ... and what comes out.
-    _option(sub, "--out", ".feather or .npz file for flow and has_flow",
-            required=True, type=Path, metavar="FILE")
+    _option(sub, "--out", ".feather or .npz file for flow and has_flow; with --data, a folder with "
+            "one .feather file per pair; those that are there are kept",
+            required=True, type=Path, metavar="PATH")
     _option(sub, "--total", "write raw flow, ego-motion included, instead of residual flow",
             action="store_true")
-    _option(sub, "--picture", "draw a bird's-eye view into this .png, .pdf or .svg file",
+    _option(sub, "--picture", "draw two clouds and their flow into this .png, .pdf or .svg file",
             type=Path, metavar="FILE")
     _option(sub, "--device", "cpu or cuda", default=train.default_device())
     _option(sub, "--dtype", "number format of the student's U-Net",
@@ -931,10 +1171,10 @@ def _train_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     return parser
 
 
-def _add_data_options(sub: argparse.ArgumentParser) -> None:
+def _add_data_options(sub: argparse.ArgumentParser, required: bool = True) -> None:
     """--data, and how to read it: see `data.open_dataset`."""
     _option(sub, "--data", "a split (a folder of logs), one log, or a folder of clouds",
-            required=True, metavar="FOLDER")
+            required=required, metavar="FOLDER")
     _option(sub, "--ground", "where ground comes from; auto: the first of raster, vector and "
             "points that a log has", choices=data.GROUNDS, default="auto")
     _option(sub, "--pairs-per-log", "only so many pairs, at regular intervals; of LiDAR logs, 12 "

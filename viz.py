@@ -3,7 +3,8 @@
 Bird's-eye views have meters on both axes, equal aspect, the ego at the origin, x (forward) to the
 right and y (left) up. Sweep 0 is blue, sweep 1 orange, ground gray. Flow arrows are at true scale.
 Points, flows and sweeps are tensors in the ego frame of sweep 0, in meters. Every function named
-`..._figure` returns a matplotlib Figure, to be saved with `.savefig(file)`.
+`..._figure` returns a matplotlib Figure, to be saved with `.savefig(file)`; `Film` makes the frames
+of a film, and `write_film` the file.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PathCollection
 from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
@@ -71,26 +73,82 @@ def from_above(
     return figure, axes
 
 
-def flow_figure(pair: SweepPair, flows: dict[str, torch.Tensor], half_m: float = 25.6) -> Figure:
-    """Both sweeps after ego-motion, and beside them one panel per named residual flow (N0, 3)."""
-    # The first panel shows what the method is given, in the colors of the module docstring.
-    titles = ["sweep 0 (blue), sweep 1 (orange)", *(f"residual flow: {name}" for name in flows)]
-    figure, axes = from_above(titles, half_m=half_m)
-    draw_points(axes[0], pair.pc0[pair.is_ground0], GROUND)
-    draw_points(axes[0], pair.pc0[~pair.is_ground0], SWEEP0)
-    draw_points(axes[0], pair.pc1[~pair.is_ground1], SWEEP1)
+MOST_SPEED_MPS = 10.0  # the color of a flow is full from this speed on
 
-    # The ground does not move, and its points would only hide the arrows.
-    points = pair.pc0[~pair.is_ground0]
-    for ax, flow in zip(axes[1:], flows.values(), strict=True):
-        draw_points(ax, points, SWEEP0, alpha=0.25)
-        draw_flow(ax, points, flow[~pair.is_ground0])
+
+def flow_figure(
+    pair: SweepPair,
+    flows: dict[str, torch.Tensor],
+    half_m: float = 25.6,
+    around: tuple[float, float] | None = None,
+) -> Figure:
+    """Both sweeps after ego-motion, then one panel per named residual flow (N0, 3), by color.
+
+    Where the pair has a true flow, a second row shows the error of each of the flows, but not of
+    the one named "truth". around: (x, y) in meters of the center, instead of the ego; in a window
+    of less than 40 m, flow has arrows, too.
+    """
+    estimates = {name: flow for name, flow in flows.items() if name != "truth"}
+    is_scored = pair.flow is not None and len(estimates) > 0
+    shown = estimates if is_scored else flows
+    titles = ["sweep 0 (blue), sweep 1 (orange)", *(f"flow: {name}" for name in shown)]
+    if is_scored:
+        titles += ["true flow", *(f"error: {name}" for name in estimates)]
+    columns = len(shown) + 1 if is_scored else min(3, len(titles))
+    window = None
+    if around is not None:
+        x, y = around
+        window = (x - half_m, x + half_m, y - half_m, y + half_m)
+    figure, axes = from_above(titles, columns, half_m, panel_in=4.5, window=window)
+
+    # The ground does not move, but it shows where the road is.
+    size = 2.0 if half_m > 20 else 12.0
+    kept0, kept1 = ~pair.is_ground0, ~pair.is_ground1
+    for ax in axes:
+        draw_points(ax, pair.pc0[pair.is_ground0], GROUND, size=size / 2)
+    draw_points(axes[0], pair.pc0[kept0], SWEEP0, size=size)
+    draw_points(axes[0], pair.pc1[kept1], SWEEP1, size=size)
+
+    # The first row has the flow of each method, the second one the truth and the errors.
+    points, most_m = pair.pc0[kept0], MOST_SPEED_MPS * _seconds(pair)
+    for ax, flow in zip(axes[1:], shown.values(), strict=False):
+        _draw_flow_by_color(ax, points, flow[kept0], most_m, half_m, size)
+    _draw_color_wheel(axes[columns - 1], MOST_SPEED_MPS, "m/s", still=0.6, power=0.5)
+    if is_scored:
+        _draw_flow_by_color(axes[columns], points, pair.flow[kept0], most_m, half_m, size)
+        for ax, (name, flow) in zip(axes[columns + 1 :], estimates.items(), strict=True):
+            error = (flow - pair.flow)[kept0].norm(dim=1)
+            order = error.argsort()  # large errors are few, but they are what one looks for
+            dots = draw_values(ax, points[order], error[order], (0, MOST_ERROR_M), size)
+            ax.set_title(f"error: {name}, {error.mean():.3f} m on average")
+        figure.colorbar(dots, ax=axes, label="end-point error (m)", extend="max", shrink=0.6)
     return figure
 
 
-def draw_points(ax: Axes, points: torch.Tensor, color: str, alpha: float = 1.0) -> None:
-    """Draw points (N, 3)."""
-    style = {"s": 2.0, "color": color, "alpha": alpha, "linewidths": 0, "rasterized": True}
+def _draw_flow_by_color(
+    ax: Axes, points: torch.Tensor, flow: torch.Tensor, most_m: float, half_m: float, size: float
+) -> None:
+    """Points (N, 3) colored by flow (N, 3), full at most_m; in a small window with arrows, too."""
+    order = flow.norm(dim=1).argsort()  # moving points are few: draw them last, on top
+    colors = flow_colors(flow[order], most_m, still=0.6, power=0.5)
+    draw_points(ax, points[order], colors, size=size)
+    if half_m <= 20:
+        # Eighty arrows are enough: more of them would hide the colors.
+        moving = (flow.norm(dim=1) >= DYNAMIC_THRESHOLD_M).nonzero()[:, 0]
+        some = moving[:: len(moving) // 80 + 1]
+        draw_flow(ax, points[some], flow[some], color="0.2")
+
+
+def _seconds(pair: SweepPair) -> float:
+    """Between both sweeps. Two clouds without times are taken to be 0.1 s apart."""
+    return pair.seconds or 1 / metrics.SWEEPS_PER_S
+
+
+def draw_points(
+    ax: Axes, points: torch.Tensor, color: str | np.ndarray, alpha: float = 1.0, size: float = 2.0
+) -> None:
+    """Draw points (N, 3); color: one for all, or (N, 3) RGB."""
+    style = {"s": size, "color": color, "alpha": alpha, "linewidths": 0, "rasterized": True}
     ax.scatter(points[:, 0], points[:, 1], **style)
 
 
@@ -109,13 +167,13 @@ def draw_values(
     return ax.scatter(points[:, 0], points[:, 1], s=size, linewidths=0, rasterized=True, **colors)
 
 
-def draw_flow(ax: Axes, points: torch.Tensor, flow: torch.Tensor) -> None:
+def draw_flow(ax: Axes, points: torch.Tensor, flow: torch.Tensor, color: str = "tab:red") -> None:
     """Draw an arrow at true scale for each point (N, 3) whose flow (N, 3) is 5 cm or more."""
     # Shorter arrows would be dots, thousands of them.
     is_moving = flow.norm(dim=1) >= DYNAMIC_THRESHOLD_M
     start, step = np.asarray(points[is_moving, :2]), np.asarray(flow[is_moving, :2])
     true_scale = {"angles": "xy", "scale_units": "xy", "scale": 1}
-    ax.quiver(*start.T, *step.T, color="tab:red", width=0.003, **true_scale)
+    ax.quiver(*start.T, *step.T, color=color, width=0.003, **true_scale)
 
 
 # --- Errors ---------------------------------------------------------------------------------------
@@ -133,8 +191,11 @@ def error_map_figure(
 ) -> Figure:
     """The true flow, and beside it the end-point error of the estimated `flow` (N0, 3).
 
-    is_input (N0,) bool: the points that are drawn, beside the ground.
+    is_input (N0,) bool: the points that are drawn, beside the ground. Raises ValueError without a
+    true flow.
     """
+    if pair.flow is None:
+        raise ValueError("this pair has no true flow, so no error either; see flow_figure")
     panels = ["true residual flow", "end-point error"]
     figure, axes = from_above(panels, half_m=half_m, panel_in=6.0)
     points = pair.pc0[is_input]
@@ -239,6 +300,127 @@ def error_against_time_figure(rows: dict[str, dict[str, float]]) -> Figure:
     return figure
 
 
+# --- Films ----------------------------------------------------------------------------------------
+# A film is dark, so that what moves lights up.
+
+NIGHT, NIGHT_GROUND, NIGHT_STILL = 0.06, 0.2, 0.45  # gray levels: background, ground, static points
+VIEWS = ("ego", "world", "3d")
+
+
+class Film:
+    """The frames of a film: one panel per method, each with the points in the colors of its flow.
+
+    names: of the methods. view: "ego", from above with the ego at the origin, looking to the right;
+    "world", the same but turned as the map is, so that only what moves turns; "3d", from above and
+    behind the ego. half_m: how far a panel reaches from the ego. pixels: the width of a panel.
+    """
+
+    def __init__(
+        self, names: Sequence[str], half_m: float = 51.2, view: str = "ego", pixels: int = 480
+    ):
+        if view not in VIEWS:
+            raise ValueError(f"view {view!r}: choose one of {', '.join(VIEWS)}")
+        self.half_m, self.view = half_m, view
+        height = pixels * 5 // 8 if view == "3d" else pixels
+        self.shape = (height, pixels)
+
+        # The figure is made once. A frame only replaces its pictures and its caption.
+        columns = min(3, len(names)) if view != "3d" else min(2, len(names))
+        rows = math.ceil(len(names) / columns)
+        title_px, caption_px = 26, 30
+        size = (columns * pixels, rows * (height + title_px) + caption_px)
+        self.figure = Figure(figsize=(size[0] / 100, size[1] / 100), dpi=100)
+        self.figure.set_facecolor(str(NIGHT))
+        self.canvas = FigureCanvasAgg(self.figure)
+        self.pictures = []
+        for i, name in enumerate(names):
+            left, top = i % columns * pixels, (i // columns) * (height + title_px) + title_px
+            place = (left / size[0], 1 - (top + height) / size[1])
+            ax = self.figure.add_axes((*place, pixels / size[0], height / size[1]))
+            ax.set_axis_off()
+            ax.set_title(name, color="white", fontsize=11, pad=4)
+            self.pictures.append(ax.imshow(np.zeros((*self.shape, 3)), vmin=0, vmax=1))
+            if i == 0:
+                self._draw_legend(ax)
+        self.caption = self.figure.text(0.01, 8 / size[1], "", color="white", fontsize=10)
+
+    def _draw_legend(self, ax: Axes) -> None:
+        """The color wheel, and from above a scale bar."""
+        style = {"still": NIGHT_STILL, "power": 0.5, "corner": (0.02, 0.02)}
+        _draw_color_wheel(ax, MOST_SPEED_MPS, "m/s", is_ahead_up=self.view == "3d", **style)
+        for text in ax.texts:
+            text.set_color("white")
+        if self.view != "3d":
+            height, width = self.shape
+            length = 10 * width / (2 * self.half_m)  # pixels
+            right, y = width - 0.03 * width, height - 0.04 * height
+            ax.plot([right - length, right], [y, y], color="white", linewidth=2)
+            ax.text(right - length / 2, y - 6, "10 m", color="white", ha="center", fontsize=9)
+
+    def frame(
+        self,
+        pair: SweepPair,
+        flows: Sequence[torch.Tensor],
+        caption: str = "",
+        world_SE3_ego0: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """One frame (height, width, 3) uint8, with one flow (N0, 3) per panel.
+
+        world_SE3_ego0: (4, 4), how the ego is turned; only the view "world" needs it.
+        """
+        turn = np.eye(3)
+        if self.view == "world" and world_SE3_ego0 is not None:
+            turn = np.asarray(world_SE3_ego0)[:3, :3]
+        points = pair.pc0.double().numpy() @ turn.T  # (N, 3)
+        is_ground = pair.is_ground0.numpy()
+        for picture, flow in zip(self.pictures, flows, strict=True):
+            mps = torch.from_numpy(flow.double().numpy() @ turn.T) / _seconds(pair)
+            colors = flow_colors(mps, MOST_SPEED_MPS, NIGHT_STILL, power=0.5)
+            colors[is_ground] = NIGHT_GROUND
+            picture.set_data(self._paint(points, colors, mps.norm(dim=1).numpy(), is_ground))
+        self.caption.set_text(caption)
+        self.canvas.draw()
+        return np.asarray(self.canvas.buffer_rgba())[:, :, :3].copy()
+
+    def _paint(
+        self, points: np.ndarray, colors: np.ndarray, speed: np.ndarray, is_ground: np.ndarray
+    ) -> np.ndarray:
+        """A picture (height, width, 3) of points (N, 3) in colors (N, 3)."""
+        image = np.full((*self.shape, 3), NIGHT)
+        row, column, depth = self._project(points)
+        # What is painted last is on top: seen from above the fastest, else the nearest.
+        order = np.argsort(-depth if self.view == "3d" else np.where(is_ground, -1, speed))
+        height, width = self.shape
+        is_small = is_ground | (depth > 40) if self.view == "3d" else is_ground
+        for offset in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            # Ground has one pixel, everything else four.
+            chosen = order if offset == (0, 0) else order[~is_small[order]]
+            r, c = row[chosen] + offset[0], column[chosen] + offset[1]
+            is_inside = (r >= 0) & (r < height) & (c >= 0) & (c < width)
+            rows, columns = r[is_inside].astype(int), c[is_inside].astype(int)
+            image[rows, columns] = colors[chosen[is_inside]]
+        return image
+
+    def _project(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(N,) row, column and depth (m) of points (N, 3); NaN, or far outside, if not seen."""
+        height, width = self.shape
+        if self.view != "3d":
+            scale = width / (2 * self.half_m)  # pixels per meter
+            row = (self.half_m - points[:, 1]) * scale
+            column = (points[:, 0] + self.half_m) * scale
+            return row, column, np.zeros(len(points))
+
+        # A camera behind and above the ego looks down at a place ahead of it.
+        back, up, ahead = 0.45 * self.half_m, 0.35 * self.half_m, 0.25 * self.half_m
+        pitch = math.atan2(up, back + ahead)
+        x, z = points[:, 0] + back, points[:, 2] - up
+        depth = x * math.cos(pitch) - z * math.sin(pitch)
+        above = x * math.sin(pitch) + z * math.cos(pitch)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            zoom = np.where(depth > 1.0, 0.62 * width / depth, np.nan)
+        return height / 2 - zoom * above, width / 2 - zoom * points[:, 1], depth
+
+
 # --- Training -------------------------------------------------------------------------------------
 
 
@@ -332,6 +514,56 @@ def scaling_law_figure(
 # --- To explain with ------------------------------------------------------------------------------
 
 
+def pipeline_figure() -> Figure:
+    """The method as a drawing: pairs, the slow teacher, its labels, the fast student, its flow."""
+    figure = Figure(figsize=(11, 3.4))
+    whole = figure.add_axes((0, 0, 1, 1), xlim=(0, 11), ylim=(0, 3.4))
+    whole.set_axis_off()
+
+    # A scene of a wall that stands and a car that drives ahead, in both sweeps.
+    steps = np.linspace(0, 1, 12)
+    wall = np.stack([4 * steps - 2, np.full(12, 0.9)], axis=1)
+    side = np.stack([steps - 0.7, np.full(12, -0.2)], axis=1)
+    front = np.stack([np.full(6, 0.3), np.linspace(-0.2, -0.7, 6)], axis=1)
+    car = np.concatenate([side, front])
+    points = np.concatenate([wall, car])
+
+    def picture(left: float, title: str, ahead: float, show_flow: bool) -> None:
+        ax = figure.add_axes((left / 11, 1.0 / 3.4, 1.9 / 11, 1.5 / 3.4))
+        ax.set(xlim=(-2.3, 2.3), ylim=(-1.5, 1.6), xticks=[], yticks=[])
+        ax.set_title(title, fontsize=10)
+        flow = np.zeros((len(points), 3))  # the wall does not move
+        flow[len(wall) :, 0] = ahead
+        if show_flow:
+            ax.scatter(*points.T, s=9, color=flow_colors(torch.from_numpy(flow), 0.6, still=0.6))
+            draw_flow(ax, torch.from_numpy(car[::4]), torch.from_numpy(flow[len(wall) :: 4]), "0.2")
+        else:
+            ax.scatter(*points.T, s=9, color=SWEEP0)
+            ax.scatter(*(points + flow[:, :2] + 0.03).T, s=9, color=SWEEP1)
+
+    def box(left: float, text: str, color: str) -> None:
+        style = {"boxstyle": "round,pad=0.5", "facecolor": color, "edgecolor": "0.3", "alpha": 0.35}
+        whole.text(left, 1.75, text, ha="center", va="center", fontsize=10, bbox=style)
+
+    def arrow(start: tuple, end: tuple, bend: float = 0.0) -> None:
+        style = {"arrowstyle": "-|>", "color": "0.2", "connectionstyle": f"arc3,rad={bend}"}
+        whole.annotate("", end, start, arrowprops=style)
+
+    picture(0.2, "a pair of sweeps", 0.6, show_flow=False)
+    box(3.1, "slow teacher\nNSFP\nfitted to each pair,\nseconds to minutes", METHODS["teacher"])
+    picture(4.2, "pseudo-label", 0.6, show_flow=True)
+    box(7.25, "fast student\nFastFlow3D\none pass,\nmilliseconds", METHODS["student"])
+    picture(8.9, "flow of a new pair", -0.6, show_flow=True)
+    for start, end in ((2.1, 2.35), (3.9, 4.2), (6.1, 6.65), (7.95, 8.9)):
+        arrow((start, 1.75), (end, 1.75))
+    arrow((1.15, 0.95), (7.25, 1.15), bend=0.14)
+    whole.text(4.2, 0.2, "the student sees the pairs, too", ha="center", fontsize=9, color="0.3")
+    whole.text(6.37, 1.85, "learns", ha="center", fontsize=9, color="0.3")
+    title = "ZeroFlow: no human labels; the teacher works once, the student learns to do without it"
+    whole.text(5.5, 3.15, title, ha="center", fontsize=11)
+    return figure
+
+
 def values_figure(
     points: torch.Tensor,
     values: torch.Tensor,
@@ -371,19 +603,21 @@ def clouds_figure(
     return figure
 
 
-def flow_colors(flow: torch.Tensor, most_m: float) -> np.ndarray:
+def flow_colors(
+    flow: torch.Tensor, most_m: float, still: float = 0.75, power: float = 1.0
+) -> np.ndarray:
     """Return the color (N, 3) RGB of each flow (N, 3), seen from above.
 
     The hue is the direction: red is straight ahead. A static point is gray, and the color is full
-    at most_m and beyond.
+    at most_m and beyond. still: level of that gray. power: below 1, slow motions are colored more.
     """
     x, y = np.asarray(flow[:, 0]), np.asarray(flow[:, 1])
     hue = np.arctan2(y, x) / (2 * np.pi) % 1
     full = hsv_to_rgb(np.stack([hue, np.ones_like(hue), np.full_like(hue, 0.9)], axis=1))
 
     # Blend from gray to the full color.
-    strength = np.clip(np.hypot(x, y) / most_m, 0, 1)[:, None]
-    return strength * full + (1 - strength) * 0.75
+    strength = np.clip(np.hypot(x, y) / most_m, 0, 1)[:, None] ** power
+    return strength * full + (1 - strength) * still
 
 
 def flow_colors_figure(
@@ -394,7 +628,7 @@ def flow_colors_figure(
 ) -> Figure:
     """Points (N, 3) colored by flow: one panel per named flow (N, 3).
 
-    The legend is a color wheel, in the first panel.
+    The legend is a color wheel, beside the last panel of the first row.
     """
     # Four panels make a square, anything else up to three panels per row.
     columns = 2 if len(flows) == 4 else min(3, len(flows))
@@ -405,21 +639,35 @@ def flow_colors_figure(
         style = {"s": 7.0, "linewidths": 0, "rasterized": True}
         x, y = points[order, 0], points[order, 1]
         ax.scatter(x, y, color=flow_colors(flow[order], most_m), **style)
-    _draw_color_wheel(axes[0], most_m)
+    _draw_color_wheel(axes[columns - 1], most_m)
     return figure
 
 
-def _draw_color_wheel(ax: Axes, most_m: float) -> None:
-    """A disc in the corner, colored as a flow from its center to each of its pixels would be."""
+def _draw_color_wheel(
+    ax: Axes,
+    most: float,
+    unit: str = "m per sweep",
+    still: float = 0.75,
+    power: float = 1.0,
+    corner: tuple[float, float] = (1.02, 0.0),
+    is_ahead_up: bool = False,
+) -> None:
+    """A disc beside a panel, colored as a flow from its center to each of its pixels would be.
+
+    corner: its lower left corner as shares of the panel. is_ahead_up: ahead is up in the panel, not
+    to the right.
+    """
     x, y = np.meshgrid(np.linspace(-1, 1, 101), np.linspace(-1, 1, 101))
-    flow = np.stack([x, y, np.zeros_like(x)], axis=2).reshape(-1, 3) * most_m
-    rgb = flow_colors(torch.from_numpy(flow), most_m).reshape(101, 101, 3)
+    ahead, left = (y, -x) if is_ahead_up else (x, y)
+    flow = np.stack([ahead, left, np.zeros_like(x)], axis=2).reshape(-1, 3)
+    rgb = flow_colors(torch.from_numpy(flow), 1.0, still, power).reshape(101, 101, 3)
     is_inside = np.hypot(x, y) <= 1  # outside the disc the picture is transparent
-    wheel = ax.inset_axes([0.02, 0.02, 0.2, 0.2])
+    wheel = ax.inset_axes([*corner, 0.2, 0.2])
     wheel.imshow(np.dstack([rgb, is_inside]), origin="lower")
     wheel.set_axis_off()
-    text = f"red: ahead\nrim: {most_m:g} m per sweep"
-    ax.annotate(text, (0.23, 0.03), xycoords="axes fraction", fontsize=8)
+    text = f"red: ahead\nrim: {most:g} {unit}"
+    above = (corner[0], corner[1] + 0.21)
+    ax.annotate(text, above, xycoords="axes fraction", fontsize=8, annotation_clip=False)
 
 
 def lines_figure(
