@@ -45,7 +45,7 @@ import nsfp
 import synthetic
 import train
 import zeroflow
-from data import DataError
+from data import DataError, Outage
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,7 +70,7 @@ def _run(command: Callable[[], int]) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         return command()
-    except (DataError, OSError) as error:
+    except (DataError, Outage, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -99,7 +99,9 @@ def _check(arguments: argparse.Namespace) -> int:
     found = survey(dataset, arguments.sample, grid)
     found["kind"] = type(dataset).__name__.removesuffix("Pairs")
     found["notes"] = dataset.notes  # reading may have added some
-    found["bytes"] = _bytes_in(Path(arguments.data))
+    is_remote = hasattr(dataset, "bytes_to_fetch")
+    found["bytes"] = dataset.bytes_to_fetch() if is_remote else _bytes_in(Path(arguments.data))
+    found["is_remote"] = is_remote
     found["is_usable"] = len(found["broken"]) <= arguments.max_broken * found["pairs_read"]
 
     # Coordinates of a city, say, lie far outside of any student's grid: nothing would be learned.
@@ -215,7 +217,8 @@ def _print_survey(arguments: argparse.Namespace, found: dict) -> None:
         f"{arguments.data}: {found['kind']}, {found['logs']} logs, {found['pairs']} pairs", end=""
     )
     print(f", {recorded}, {len(found['skipped'])} files or neighbors that form no pair")
-    print(f"disk: {found['bytes'] / 1e6:.3g} MB")
+    where = "an epoch would still transfer" if found["is_remote"] else "disk"
+    print(f"{where}: {found['bytes'] / 1e6:.3g} MB")
     for line in found["broken"]:
         print(f"broken: {line}")
     print(f"read: {found['pairs_read']} pairs, evenly spread, {len(found['broken'])} broken")
@@ -1173,7 +1176,8 @@ def _train_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 
 def _add_data_options(sub: argparse.ArgumentParser, required: bool = True) -> None:
     """--data, and how to read it: see `data.open_dataset`."""
-    _option(sub, "--data", "a split (a folder of logs), one log, or a folder of clouds",
+    _option(sub, "--data", "a split (a folder of logs), one log, or a folder of clouds; or the "
+            "address s3://... of a split or log of Argoverse 2",
             required=required, metavar="FOLDER")
     _option(sub, "--ground", "where ground comes from; auto: the first of raster, vector and "
             "points that a log has", choices=data.GROUNDS, default="auto")
@@ -1189,6 +1193,10 @@ def _add_data_options(sub: argparse.ArgumentParser, required: bool = True) -> No
             type=int, metavar="N")
     _option(sub, "--min-range-m", "nearer points of clouds are the ego's own body, and ignored; 0 "
             "keeps all (default: 2.5)", dest="min_range_m", type=float, metavar="M")
+    _option(sub, "--cache", "folder for files of an s3:// address (default: in ~/.cache/zeroflow)",
+            metavar="DIR")
+    _option(sub, "--cache-gb", "delete the logs that were unused for the longest time beyond this "
+            "size (default: keep all)", dest="cache_gb", type=float, metavar="GB")
 
 
 def _add_max_broken(sub: argparse.ArgumentParser, of: str) -> None:

@@ -77,6 +77,10 @@ class DataError(ValueError):
     """A file or folder that cannot be used. The message names it and tells what to do."""
 
 
+class Outage(RuntimeError):
+    """A server could not be reached for minutes. Not a DataError: no pair is to blame."""
+
+
 @contextlib.contextmanager
 def naming(file: Path, problem: str, remedy: str = "download or make it again") -> Iterator[None]:
     """Convert what a broken file raises inside to a DataError: "file: problem (reason); remedy"."""
@@ -156,8 +160,12 @@ def open_dataset(
     rate_hz: float = 10.0,
     columns: int | None = None,
     min_range_m: float | None = None,
+    cache: str | Path | None = None,
+    cache_gb: float | None = None,
 ) -> Pairs:
     """Open an Argoverse 2 split or log, a Waymo split, or a folder of clouds, as `SweepPair`s.
+
+    path: a folder, or the address s3://bucket/... of a split or log of Argoverse 2 in its bucket.
 
     true_flow: False leaves the annotations unread; training without labels needs none.
     ground: where the mask comes from. "raster" and "vector" are Argoverse 2's maps, "points" needs
@@ -166,15 +174,22 @@ def open_dataset(
     the LiDAR data set, its 5x 24: the same 12 and as many between them.
     sweeps_per_log: only the first ones; None: all. The published code takes 145 of a Sensor log.
     poses, rate_hz, columns, min_range_m: for folders of clouds only, see `clouds.CloudPairs`.
+    cache, cache_gb: for addresses only, see `remote.open_remote`.
     A folder that cannot be read costs only itself, and a line in the result's `skipped`.
     Raises DataError if the folder is not a data set, and names the splits that it holds.
     """
-    path = Path(path)
+    address, path = str(path), Path(path)
     if ground not in GROUNDS:
         raise DataError(f"ground {ground!r}: choose {', '.join(GROUNDS)}")
     for name, count in (("pairs_per_log", pairs_per_log), ("sweeps_per_log", sweeps_per_log)):
         if count is not None and count < 1:
             raise DataError(f"{name} {count}: give a number of 1 or more, or None for all")
+    cloud_options = (poses, rate_hz, columns, min_range_m)
+    if address.startswith("s3://"):
+        refuse_cloud_options(path, "Argoverse 2's", *cloud_options)
+        remote = _import_reader("remote", f"{address}: an address")
+        counts = {"pairs_per_log": pairs_per_log, "sweeps_per_log": sweeps_per_log}
+        return remote.open_remote(address, true_flow, ground, cache, cache_gb, **counts)
     with naming(path, "cannot be opened", "give a folder that you may read"):
         if not path.is_dir():
             found = "is a file" if path.exists() else "no such folder"
@@ -187,7 +202,6 @@ def open_dataset(
 
     # The names of the subfolders tell the kind of data set. This only lists folders: sweeps are
     # read when a pair is asked for, so a split of a thousand logs opens in half a second.
-    cloud_options = (poses, rate_hz, columns, min_range_m)
     if logs:
         refuse_cloud_options(path, "Argoverse 2's", *cloud_options)
         pairs = Argoverse2Pairs(logs, true_flow, ground, pairs_per_log, sweeps_per_log)
@@ -350,7 +364,7 @@ class Argoverse2Pairs(Pairs):
     def _stamps(self, lidar: Path) -> list[int]:
         """The times (ns) of a log's sweeps, from the names of their files."""
         stamps, strange = [], {}
-        for name in sorted(os.listdir(lidar)):
+        for name in self._names(lidar):
             stem, suffix = os.path.splitext(name)
             # Only names as `str` writes numbers: from 007, the time 7 would not lead back.
             if suffix == ".feather" and stem.isdecimal() and str(int(stem)) == stem:
@@ -360,6 +374,10 @@ class Argoverse2Pairs(Pairs):
         wanted = "a sweep is named <timestamp_ns>.feather; remove or rename this file"
         self.skipped += [f"{lidar / name}: {wanted}" for name in strange.values()]
         return stamps
+
+    def _names(self, lidar: Path) -> list[str]:
+        """The names of the files in a log's folder of sweeps."""
+        return sorted(os.listdir(lidar))
 
     def log(self, log_id: str) -> Log:
         """Poses, ground and boxes of a log, read from its files."""

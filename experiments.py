@@ -36,8 +36,9 @@ SCALING_SEEDS = {STUDENT: (0, 1, 2), SUPERVISED: (0, 1, 2), BETTER: (0,)}
 VALIDATION_SEED, VALIDATION_LOGS = 2, 12
 
 # Everybody trains until more steps do not help. One rule for all: the steps are doubled as long as
-# seed 0 loses 3 % of its error on validation logs by it. More logs never need fewer steps.
-LEAST_STEPS, MOST_STEPS, WORTHWHILE = 1000, 8000, 0.97
+# seed 0 loses 3 % of its error on validation logs by it. More logs never need fewer steps. The most
+# are 8,000, or as many more as it takes to show each pair ten times.
+LEAST_STEPS, MOST_STEPS, WORTHWHILE, LEAST_SHOWN = 1000, 8000, 0.97, 10
 
 
 class ScalingLaw:
@@ -74,7 +75,7 @@ class ScalingLaw:
         steps = LEAST_STEPS
         for amount in self.amounts(kind):
             error = self.errors(kind, amount, 0, steps)["validation"]
-            while steps < MOST_STEPS:
+            while steps < self.most_steps(amount):
                 longer = self.errors(kind, amount, 0, 2 * steps)["validation"]
                 if longer > WORTHWHILE * error:
                     break
@@ -82,6 +83,13 @@ class ScalingLaw:
             if amount == logs:
                 return steps
         raise ValueError(f"{logs} logs: not one of {self.amounts(kind)}")
+
+    def most_steps(self, logs: int) -> int:
+        """Where doubling ends for an amount of logs."""
+        steps, pairs = MOST_STEPS, logs * (demo.STREET.sweeps - 1)
+        while steps < LEAST_SHOWN * pairs:
+            steps *= 2
+        return steps
 
     def errors(self, kind: str, logs: int, seed: int, steps: int) -> dict[str, float]:
         """Grid three-ways of a student on test and validation logs. Raises KeyboardInterrupt."""

@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader, get_worker_info
 
 import data
 import fastflow3d
-from data import DataError
+from data import DataError, Outage
 
 # --- The folder of a run --------------------------------------------------------------------------
 
@@ -244,9 +244,10 @@ class Reader:
                 print(f"{what} (Ctrl-C saves the last step and ends)", file=sys.stderr)
             try:
                 return next(self.loaded)
-            except DataError as error:
+            except (DataError, Outage) as error:
                 # The error of a worker begins with the text of a traceback.
-                raise DataError(str(error).rpartition("DataError: ")[2].strip()) from error
+                text = str(error).rpartition(f"{type(error).__name__}: ")[2].strip()
+                raise type(error)(text) from error
             except (RuntimeError, EOFError, OSError) as error:
                 if str(error).startswith("DataLoader timed out"):
                     continue

@@ -55,7 +55,7 @@ import fastflow3d
 import labels
 import runs
 import zeroflow
-from data import DataError
+from data import DataError, Outage
 from runs import Log, Reader, ignore_signals, shared, stop_signals
 from runs import read_log as read_log  # for those who look for it here
 
@@ -86,6 +86,8 @@ class TrainSettings:
     # nearer points of clouds are the ego's own body; 0: keep all; none: 2.5 for folders of clouds
     min_range_m: float | None = None
     val: str | None = None  # a split or log with annotations to evaluate on
+    cache: str | None = None  # folder for files of an s3:// address; none: in ~/.cache
+    cache_gb: float | None = None  # delete the logs unused for longest beyond this; none: keep all
 
     # The student, and how it learns.
 
@@ -152,7 +154,16 @@ DTYPES = ("float32", "bfloat16")
 # Settings that may change when a run is resumed: paths, speed, and remedies for exploding
 # gradients. With any other change it would be another run under the same name.
 MAY_CHANGE = {"resume", "out", "data", "labels", "val", "val_share", "validate_every", "max_broken"}
-MAY_CHANGE |= {"workers", "device", "checkpoint_every", "lr", "clip_norm", "dtype"}
+MAY_CHANGE |= {
+    "cache",
+    "cache_gb",
+    "workers",
+    "device",
+    "checkpoint_every",
+    "lr",
+    "clip_norm",
+    "dtype",
+}
 
 
 def resolve(given: dict) -> TrainSettings:
@@ -288,6 +299,7 @@ def run(settings: TrainSettings) -> dict[str, dict[str, float]]:
     if settings.val is not None:
         # Options of the training data do not apply: annotated logs have a map and poses.
         defaults = TrainSettings(pairs_per_log=None, sweeps_per_log=None)
+        defaults = dataclasses.replace(defaults, cache=settings.cache, cache_gb=settings.cache_gb)
         test_set = open_and_report(settings.val, defaults)
         if test_set[0].flow is None:
             what = "has no annotations to compare with"
@@ -342,7 +354,7 @@ def units(device: str) -> str:
 def open_and_report(path: str, options, true_flow: bool = True) -> data.Pairs:
     """Open a data set as `options` ask for: anything that has the attributes named here."""
     names = ("ground", "pairs_per_log", "sweeps_per_log", "poses", "rate_hz", "columns")
-    names += ("min_range_m",)
+    names += ("min_range_m", "cache", "cache_gb")
     chosen = {name: getattr(options, name) for name in names}
     dataset = data.open_dataset(path, true_flow, **chosen)
 
@@ -669,7 +681,7 @@ def _next_batches(steps: Iterator[list[Batch]], save: Callable) -> list[Batch] |
     """The batches of the next step; None if a signal came. Saves the run if they do not come."""
     try:
         return next(steps, None)
-    except DataError:
+    except (DataError, Outage):
         save("last.pt")  # the model is still that of the last whole step
         raise
 

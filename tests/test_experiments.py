@@ -23,6 +23,7 @@ def tiny_law(monkeypatch):
     monkeypatch.setattr(experiments, "VALIDATION_LOGS", 1)
     monkeypatch.setattr(experiments, "LEAST_STEPS", 1)
     monkeypatch.setattr(experiments, "MOST_STEPS", 4)
+    monkeypatch.setattr(experiments, "LEAST_SHOWN", 0)
     return demo.DemoSettings(train_logs=2, test_logs=1)
 
 
@@ -65,6 +66,24 @@ def test_steps_are_doubled_as_long_as_validation_logs_gain_by_it(cache, tmp_path
     law.errors = lambda kind, logs, seed, steps: {"validation": errors[logs, steps]}
     assert law.steps(experiments.STUDENT, 1) == 2 and law.steps(experiments.STUDENT, 2) == 4
     assert law.steps(experiments.BETTER, 2) == 4
+
+
+def test_no_doubling_ends_before_each_pair_was_shown_often_enough(
+    cache, tmp_path, tiny_law, monkeypatch
+):
+    """A log has five pairs, and 4 steps are doubled until 10 pairs were shown twice: 32 steps."""
+    law = experiments.ScalingLaw(STREET, tiny_law, tmp_path)
+    assert [law.most_steps(logs) for logs in (1, 2)] == [4, 4]
+    monkeypatch.setattr(experiments, "LEAST_SHOWN", 2)
+    assert [law.most_steps(logs) for logs in (1, 2)] == [16, 32]
+    shown = []
+
+    def errors(kind, logs, seed, steps):
+        shown.append((logs, steps))
+        return {"validation": 1 / steps}
+
+    law.errors = errors
+    assert law.steps(experiments.STUDENT, 2) == 32 and (1, 32) not in shown
 
 
 def test_a_signal_stops_the_scaling_law_and_nothing_is_kept_of_that_run(
