@@ -170,8 +170,8 @@ def open_dataset(
     true_flow: False leaves the annotations unread; training without labels needs none.
     ground: where the mask comes from. "raster" and "vector" are Argoverse 2's maps, "points" needs
     no map, "none" masks nothing; "auto" takes the first of raster, vector, points that a log has.
-    pairs_per_log: this many at even intervals; None: all. The paper's 3x takes 12 of each log of
-    the LiDAR data set, its 5x 24: the same 12 and as many between them.
+    pairs_per_log: this many at even intervals; None: all. 12 and 24 are drawn as the published
+    script draws the paper's 3x and 5x from the LiDAR data set, see `paper_draw`.
     sweeps_per_log: only the first ones; None: all. The published code takes 145 of a Sensor log.
     poses, rate_hz, columns, min_range_m: for folders of clouds only, see `clouds.CloudPairs`.
     cache, cache_gb: for addresses only, see `remote.open_remote`.
@@ -314,15 +314,37 @@ class Pairs(torch.utils.data.Dataset):
         """Add the pairs of one log, from the times (ns) of its sweeps; path: for messages."""
         self.stamps[log_id] = sorted(stamps)
         # Two sweeps with a missing one between them do not form a pair: objects move too far.
-        keys = []
-        for stamp0, stamp1 in itertools.pairwise(self.stamps[log_id][:sweeps_per_log]):
+        keys, used = {}, self.stamps[log_id][:sweeps_per_log]  # index of sweep 0 -> pair
+        for index, (stamp0, stamp1) in enumerate(itertools.pairwise(used)):
             gap_ns = stamp1 - stamp0
             if 0 < gap_ns <= max_gap_ns:
-                keys.append(PairKey(log_id, stamp0, stamp1))
+                keys[index] = PairKey(log_id, stamp0, stamp1)
             else:
                 reason = f"the next sweep is {gap_ns / 1e9:.2f} s later"
                 self.skipped.append(f"{path}: no pair at {stamp0}: {reason}")
-        self.pair_keys += [keys[index] for index in evenly_spread(len(keys), pairs_per_log)]
+        if pairs_per_log in PAPER_DRAWS:
+            drawn = [index for index in paper_draw(len(used), pairs_per_log) if index in keys]
+        else:
+            every = list(keys)
+            drawn = [every[i] for i in evenly_spread(len(every), pairs_per_log)]
+        self.pair_keys += [keys[index] for index in drawn]
+
+
+PAPER_DRAWS = (12, 24)  # pairs of a log of the LiDAR data set: the paper's 3x, and its 5x
+
+
+def paper_draw(sweeps: int, wanted: int) -> list[int]:
+    """The sweeps of a log at which the published script takes a pair, for 3x (12) or 5x (24).
+
+    5x has the pairs of 3x, and as many halfway between them. Of a log whose length is no multiple
+    of the step there may be a few more.
+    """
+    step = (sweeps - 1) // 11
+    if step == 0:
+        return list(range(sweeps - 1))  # a short log: every pair
+    starts = (0,) if wanted == 12 else (0, step // 2)
+    chosen = {index for start in starts for index in range(start, sweeps - 1, step)}
+    return sorted(chosen)
 
 
 def evenly_spread(count: int, wanted: int | None) -> list[int]:

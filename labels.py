@@ -274,7 +274,8 @@ def from_labels(label_folder: LabelFolder) -> zeroflow.Estimator:
 
 # --- Published labels -----------------------------------------------------------------------------
 # The paper's authors named their files <log_id>/<i:010d>_<position in a batch:03d>.npz; later code
-# bases write <log_id>/<i:010d>.feather. In both, i counts the sweeps of a log from 0.
+# bases write <log_id>/<i:010d>.feather. In both, i counts the sweeps of a log from 0. Each pair of
+# the LiDAR data set is a log of its own, named <log_id>_<timestamp0_ns>.
 
 
 def _published_files(folder: Path, dataset: data.Pairs) -> dict[PairKey, Path]:
@@ -282,10 +283,23 @@ def _published_files(folder: Path, dataset: data.Pairs) -> dict[PairKey, Path]:
     files = {}  # (log id, time stamp of sweep 0) -> file
     for log_id, stamps in dataset.stamps.items():
         for file in sorted((folder / log_id).glob("*")):
-            match = re.fullmatch(r"([0-9]{10})(_[0-9]{3}\.npz|\.feather)", file.name)
+            match = _PUBLISHED_NAME.fullmatch(file.name)
             if match and int(match[1]) < len(stamps):
                 files[log_id, stamps[int(match[1])]] = file
+
+    # Each pair of the LiDAR data set has a folder of its own, <log_id>_<timestamp0_ns>. There may
+    # be 240,000 of them, so they are listed once.
+    names = set(os.listdir(folder)) if folder.is_dir() else set()
+    for key in dataset.pair_keys:
+        name = f"{key.log_id}_{key.timestamp0_ns}"
+        if key[:2] not in files and name in names:
+            found = [file for file in (folder / name).iterdir() if _PUBLISHED_NAME.match(file.name)]
+            if found:
+                files[key[:2]] = min(found)
     return {key: files[key[:2]] for key in dataset.pair_keys if key[:2] in files}
+
+
+_PUBLISHED_NAME = re.compile(r"([0-9]{10})(_[0-9]{3}\.npz|\.feather)")
 
 
 def _read_published(files: dict[PairKey, Path], pair: SweepPair) -> Label:

@@ -74,7 +74,7 @@ class TrainSettings:
     labels: tuple[str, ...] = ()  # one folder of labels for each --data, in the same order
     supervised: bool = False  # learn from the true flow instead of labels, as FastFlow3D does
     fraction: float = 1.0  # share of the pairs to use; a smaller share is part of a larger one
-    # only the first sweeps of each log: a number or `all`, or one for each --data; published: 145
+    # only the first sweeps of each log: a number or `all`, one for each --data; published: 145
     sweeps_per_log: tuple[int | None, ...] = (None,)
     # only this many pairs of each log, evenly spread, or `all`; 12 of LiDAR logs is 3x, 24 is 5x
     pairs_per_log: tuple[int | None, ...] = (None,)
@@ -132,8 +132,8 @@ _STREET = {"model": "narrow", "steps": 8000, "batch_size": 1, "micro_batch": 1, 
 _STREET |= {"lr": 2e-3, "cosine": True, "weighted_share": 0.5, "clip_norm": 0.5, "mirror": True}
 _STREET |= {"doubt": 1.5}
 
-# The paper's runs. 3x and 5x take the Sensor data set first and the LiDAR data set second. The
-# published XL was trained on six GPUs with two pairs each.
+# The paper's runs. 3x and 5x take the Sensor data set first and then the LiDAR data set, of which
+# there are three folders: train, val and test. XL was trained on six GPUs with two pairs each.
 _1X = {"sweeps_per_log": (145,)}
 _3X = {"sweeps_per_log": (145, None), "pairs_per_log": (None, 12)}
 _5X = {"sweeps_per_log": (145, None), "pairs_per_log": (None, 24)}
@@ -259,8 +259,8 @@ def _check_sources(settings: TrainSettings) -> None:
         raise DataError(f"{found}: give for each the folder that `zeroflow.py label` wrote")
     for name in ("sweeps_per_log", "pairs_per_log"):
         count = len(getattr(settings, name))
-        if count not in (1, folders):
-            remedy = f"for {folders} folders of --data: give one, or one for each"
+        if count > max(1, folders):
+            remedy = f"for {folders} folders of --data: give one for each, or fewer"
             raise DataError(f"{count} numbers of {_option(name)} {remedy}")
 
 
@@ -394,11 +394,11 @@ def open_samples(settings: TrainSettings) -> Samples:
     """The labeled pairs of all folders of --data."""
     grid, parts = fastflow3d.MODELS[settings.model].half_extent_m, []
     for i, path in enumerate(settings.data):
-        # One number holds for all folders; otherwise each folder has its own.
+        # Each folder has its own number, and the last number holds for the rest of the folders.
         own = {}
         for name in ("sweeps_per_log", "pairs_per_log"):
             values = getattr(settings, name)
-            own[name] = values[i] if len(values) > 1 else values[0]
+            own[name] = values[min(i, len(values) - 1)]
         options = dataclasses.replace(settings, **own)
         dataset = open_and_report(path, options, true_flow=settings.supervised)
         folder = None if settings.supervised else settings.labels[i]

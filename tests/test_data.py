@@ -441,17 +441,33 @@ def _log_of(folder, stamps_ms) -> None:
         (folder / "sensors" / "lidar" / f"{stamp_ms * 10**6}.feather").touch()
 
 
-def test_pairs_of_a_log_at_regular_intervals_are_nested(tmp_path):
-    _log_of(tmp_path / "a", range(0, 30_000, 100))  # 300 sweeps, 299 pairs
-    _log_of(tmp_path / "b", range(0, 1_600, 100))  # 15 pairs
-    everything = data.open_dataset(tmp_path).pair_keys
-    assert len(everything) == 314
+def test_the_pairs_of_3x_and_5x_are_those_that_the_published_script_draws(tmp_path):
+    """Of logs of 300, 160, 144 and 9 sweeps, by a second writing of its rule: a pair at every
+    step-th sweep, the second draw half a step later.
+    """
+    lengths = (300, 160, 144, 9)
+    for length in lengths:
+        _log_of(tmp_path / f"{length:03}", range(0, 100 * length, 100))
     three, five = (data.open_dataset(tmp_path, pairs_per_log=count).pair_keys for count in (12, 24))
-    assert len(three) == 24 and len(five) == 24 + 15
-    assert set(three) < set(five) < set(everything) and five == sorted(five)
-    for keys, interval_ms in ((three, 2_492), (five, 1_246)):  # 29,900 ms over 12 and 24
-        steps_ms = np.diff([key.timestamp0_ns / 1e6 for key in keys if key.log_id == "a"])
-        assert np.abs(steps_ms - interval_ms).max() < 100
+    for length in lengths:
+        step = max(1, int((length - 1) / 11))
+        draws = []
+        for offset in (0, int(0.5 * step)):
+            draws.append([k for k in range(length - 1) if k >= offset and (k - offset) % step == 0])
+        found = [
+            [key.timestamp0_ns // 10**8 for key in keys if key.log_id == f"{length:03}"]
+            for keys in (three, five)
+        ]
+        assert found == [draws[0], sorted({*draws[0], *draws[1]})]
+    assert [len(data.paper_draw(length, 12)) for length in lengths] == [12, 12, 11, 8]
+    assert set(three) < set(five) and five == sorted(five)
+
+
+def test_other_numbers_of_pairs_of_a_log_are_at_even_intervals(tmp_path):
+    _log_of(tmp_path / "a", range(0, 30_000, 100))  # 300 sweeps, 299 pairs
+    keys = data.open_dataset(tmp_path, pairs_per_log=10).pair_keys
+    steps_ms = np.diff([key.timestamp0_ns / 1e6 for key in keys])
+    assert len(keys) == 10 and np.abs(steps_ms - 2_990).max() < 100
     with pytest.raises(data.DataError, match="pairs_per_log -1: give a number of 1 or more"):
         data.open_dataset(tmp_path, pairs_per_log=-1)
     with pytest.raises(data.DataError, match="sweeps_per_log 0: give a number of 1 or more"):

@@ -68,6 +68,20 @@ def test_published_labels_come_back_to_their_rows(tmp_path, street, capsys):
     assert (label.flow.numpy() == np.where(expected[:, None], flow, 0)).all()
 
 
+def test_published_labels_of_the_lidar_data_set_have_a_folder_for_each_pair(tmp_path, street):
+    """Named by log and time stamp; a folder of another time stamp is nobody's."""
+    pair = street[3]
+    flow = np.random.default_rng(3).normal(size=pair.pc0.shape).astype(np.float32)
+    file = write_published(tmp_path, pair, 0, flow)
+    file.parent.rename(tmp_path / f"{pair.log_id}_{pair.timestamp0_ns}")
+    (tmp_path / f"{pair.log_id}_1").mkdir()
+    (tmp_path / f"{street[0].log_id}_{street[0].timestamp0_ns}").mkdir()  # without a label
+    label_folder = labels.open_labels(tmp_path, street)
+    assert label_folder.pair_keys == [pair.key]
+    label, is_input = label_folder.read(pair), data.input_masks(pair)[0]
+    assert (label.flow.numpy()[is_input] == flow[is_input]).all()
+
+
 def test_published_labels_of_other_points_are_refused_by_name(tmp_path, street):
     """Another sweep or rule for ground, rows that do not match, a file that would run code."""
     pair = street[0]

@@ -419,6 +419,13 @@ def test_true_flow_and_several_roots_are_learnt_from(tmp_path, own, street_folde
     assert commands.train_main([*two, "--steps", "1"]) == 0
     settings = train.TrainSettings(data=tuple(folders[0]), labels=(str(tmp_path / "labels"),) * 2)
     assert len(train.open_samples(dataclasses.replace(settings, pairs_per_log=(None, 1)))) == 4 + 2
+    for counts, expected in (((1,), 2 + 2), ((None, 1), 4 + 2)):  # the last one holds for the rest
+        chosen = dataclasses.replace(settings, pairs_per_log=counts)
+        assert len(train.open_samples(chosen)) == expected
+    three = dataclasses.replace(
+        settings, data=(*settings.data, settings.data[0]), labels=settings.labels[:1] * 3
+    )
+    assert len(train.open_samples(dataclasses.replace(three, pairs_per_log=(None, 1)))) == 4 + 2 + 2
     supervised = [*own, "--steps", "1", "--supervised"]
     assert commands.train_main(supervised) == 1
     assert "--supervised: learns from the true flow; leave --labels out" in capsys.readouterr().err
