@@ -163,7 +163,7 @@ def open_dataset(
     cache: str | Path | None = None,
     cache_gb: float | None = None,
 ) -> Pairs:
-    """Open an Argoverse 2 split or log, a Waymo split, or a folder of clouds, as `SweepPair`s.
+    """Open an Argoverse 2 split or log, a Waymo split, a folder of clouds or HDF5 scenes, as pairs.
 
     path: a folder, or the address s3://bucket/... of a split or log of Argoverse 2 in its bucket.
 
@@ -208,6 +208,8 @@ def open_dataset(
     else:
         if is_waymo(path):
             reader = _import_reader("waymo", f"{path}: a Waymo split")
+        elif is_hdf5(path):
+            reader = _import_reader("hdf5", f"{path}: scenes in HDF5")
         else:
             what = "no Argoverse 2 log in it (is it one folder too high?), and any other data"
             reader = _import_reader("clouds", f"{path}: {what}")
@@ -247,6 +249,10 @@ def is_log(folder: Path) -> bool:
 
 def is_waymo(folder: Path) -> bool:
     return (folder / "lidar").is_dir() and (folder / "vehicle_pose").is_dir()
+
+
+def is_hdf5(folder: Path) -> bool:
+    return any(folder.glob("[!.]*.h5"))
 
 
 def refuse_cloud_options(path: Path, whose: str, *values: object) -> None:
