@@ -1,15 +1,15 @@
 """What the scene flow challenges of Argoverse 2 hand out and take: masks, and zips of predictions.
 
-Both challenges score every fifth pair of consecutive sweeps, and both exchange zips of Feather
-files, one file per pair. They differ in nearly everything else:
+All of them exchange zips of Feather files, one file per pair of consecutive sweeps. They differ in
+nearly everything else:
 
-                   2023                                    2024
-  counted          over the whole split in a row           from 0 in each log
-  name of a file   <log_id>/<timestamp0_ns>.feather        <log_id>/<place of sweep 0>.feather
-  rows             the points of the challenge's mask      all points of sweep 0
-  flow             raw, ego-motion included                residual
-  further column   is_dynamic: moves by more than 5 cm     is_valid: has a prediction
-  further file     none                                    metadata.json
+                   2023                           2024                           2026
+  scored           every fifth pair of the split  every fifth pair of each log   the server knows
+  name of a file   <log_id>/<timestamp0>.feather  <log_id>/<place of sweep 0>..  as in 2023
+  rows             the points of the mask         all points of sweep 0          as in 2024
+  flow             raw, ego-motion included       residual                       residual
+  further column   is_dynamic: 5 cm or more       is_valid: has a prediction     none
+  further file     none                           metadata.json                  none
 
 Points are (N0, 3) float32 in meters, in the ego frame of sweep 0, and row i of a flow belongs to
 row i of `pc0`. Inside this project flow is always residual. It is converted to raw flow and back
@@ -17,8 +17,10 @@ here, where a file of 2023 is written or read.
 
 Sources: the submission tools of the av2 package (`av2.evaluation.scene_flow`) for 2023, and
 BucketedSceneFlowEval (Khatri et al., "I Can't Believe It's Not Scene Flow!", ECCV 2024) for 2024.
-The servers of both challenges are closed and the labels of the test split are released, so today a
-submission is evaluated on one's own disk: `ChallengePredictions` reads it back.
+The servers of both are closed and the labels of the test split are released, so today a submission
+is evaluated on one's own disk: `ChallengePredictions` reads it back. The challenge of 2026 is live
+(sceneflow.argoverse.org); its data are HDF5 scenes of several data sets (hdf5.py), and its format
+is known here from the code that its organizers have published, not from a file.
 """
 
 from __future__ import annotations
@@ -41,8 +43,9 @@ import data
 import zeroflow
 from data import FLOW_COLUMNS, DataError, PairKey, SweepPair
 
-CHALLENGES = (2023, 2024)
-EVERY = 5  # both challenges score every fifth pair
+CHALLENGES = (2023, 2024, 2026)
+EVERY = 5  # the challenges of 2023 and 2024 score every fifth pair
+UPLOAD_2026 = "https://sceneflow.argoverse.org/submissions/upload"
 GROUND_THRESHOLD_M = 0.30  # the av2 package, which made the masks of 2023 (ZeroFlow: 0.40)
 
 # --- Which pairs are scored, and how their files are named -------------------------------------
@@ -65,11 +68,14 @@ def consecutive_keys(dataset: data.Pairs) -> list[PairKey]:
 def challenge_members(dataset: data.Pairs, challenge: int) -> dict[str, PairKey]:
     """The pairs that a challenge scores: name of the file in a submission -> pair.
 
-    2023 takes every fifth of all pairs of the split in a row, 2024 every fifth of each log.
+    2023 takes every fifth of all pairs of the split in a row, 2024 every fifth of each log. Which
+    pairs 2026 scores is known only to its server, so all of them are written.
     """
     keys = consecutive_keys(dataset)
     if challenge == 2023:
         scored = keys[::EVERY]
+    elif challenge == 2026:
+        scored = keys
     else:
         scored = [key for key in keys if _place_in_log(dataset, key) % EVERY == 0]
     return {f"{key.log_id}/{_file_stem(dataset, key, challenge)}.feather": key for key in scored}
@@ -82,8 +88,10 @@ def _place_in_log(dataset: data.Pairs, key: PairKey) -> int:
 
 def _file_stem(dataset: data.Pairs, key: PairKey, challenge: int) -> str:
     """The name of a pair's file, without its ending."""
-    if challenge == 2023:
-        return str(key.timestamp0_ns)
+    if challenge in (2023, 2026):
+        # Scenes in HDF5 may count time in another unit; the file has the scene's own number.
+        unit_ns = getattr(dataset, "unit_ns", {}).get(key.log_id, 1)
+        return str(key.timestamp0_ns // unit_ns)
     return f"{_place_in_log(dataset, key):010d}"
 
 
@@ -115,7 +123,7 @@ def write_submission(
     masks: ChallengeFiles | None = None,
     is_supervised: bool = False,
 ) -> int:
-    """Write the zip that a challenge (2023 or 2024) takes. Returns the number of pairs in it.
+    """Write the zip that a challenge of CHALLENGES takes. Returns the number of pairs in it.
 
     masks: the official masks of 2023, which then decide which pairs and which points are written.
     None: both are chosen by the rules that the official masks follow.
@@ -187,9 +195,11 @@ def challenge_file(
     """The content of a pair's file in a submission, a Feather table with flow in float16 meters.
 
     residual: (N0, 3) flow of all points of sweep 0, 0 for points without an estimate.
-    mask: (N0,) bool, the points that 2023 scores; not used in 2024.
+    mask: (N0,) bool, the points that 2023 scores; not used in other years.
     """
-    if challenge == 2023:
+    if challenge == 2026:
+        flow, further_column = residual, {}
+    elif challenge == 2023:
         # Whether a point is dynamic depends on its own motion only, so this is decided on the
         # residual, in meters per sweep, before the motion of the ego is added.
         is_dynamic = residual.norm(dim=1) > data.DYNAMIC_THRESHOLD_M  # (N0,)
@@ -253,6 +263,11 @@ class ChallengeFiles:
                 f"{self.path}: holds both {first} and {file}; choose one of the folders above them"
             )
 
+    def column_names(self, log_id: str, name: str) -> list[str]:
+        """The columns of one file. Raises DataError naming it if it is missing or torn."""
+        member = self.members[log_id, name]
+        return data.read_feather(self.path / member, [], self._unpacked(member)).column_names
+
     def read(self, log_id: str, name: str, columns: list[str], num_rows: int) -> pyarrow.Table:
         """Read one file: flow columns of floating-point numbers, and others of booleans.
 
@@ -301,48 +316,53 @@ class ChallengeFiles:
 
 
 class ChallengePredictions:
-    """Predictions on disk in the layout of either challenge: a folder, or a submission's zip.
+    """Predictions on disk in the layout of a challenge: a folder, or a submission's zip.
 
-    challenge: 2023 or 2024, recognized by the names of the files.
+    challenge: one of CHALLENGES, recognized by the names of the files, and by their columns.
     pair_keys: the pairs of `dataset` that have a prediction.
     masks: the official masks of 2023, if the predictions were made with them. None: the rows are
     assigned to points by a mask that is made by the rules the official masks follow.
-    Raises DataError if no pair has a prediction, or if there are files of both challenges.
+    Raises DataError if no pair has a prediction, or if there are files of two challenges.
     """
 
     def __init__(self, path: str | Path, dataset: data.Pairs, masks: ChallengeFiles | None = None):
         self.files = ChallengeFiles(path)
         self._mask_of = functools.partial(mask_of, dataset) if masks is None else masks.mask
 
-        # Look for every pair under the name that it would have in either challenge. The two kinds
-        # of names cannot be confused: a place is filled up to ten digits with zeros, a time is not.
-        found: dict[int, dict[PairKey, str]] = {challenge: {} for challenge in CHALLENGES}
+        # Look for every pair under the names that it would have. The two kinds of names cannot be
+        # confused: a place is filled up to ten digits with zeros, a time is not.
+        by_time, by_place = {}, {}
         for key in dataset.pair_keys:
-            for challenge in CHALLENGES:
+            for challenge, found in ((2023, by_time), (2024, by_place)):
                 stem = _file_stem(dataset, key, challenge)
                 if (key.log_id, stem) in self.files.members:
-                    found[challenge][key] = stem
-        if found[2023] and found[2024]:
-            raise DataError(f"{path}: holds files of both challenges; evaluate them one at a time")
-
-        self.challenge = 2023 if found[2023] else 2024
-        self._stems = found[self.challenge]
+                    found[key] = stem
+        if by_time and by_place:
+            raise DataError(f"{path}: holds files of two challenges; evaluate them one at a time")
+        self._stems = by_time or by_place
         self.pair_keys = list(self._stems)
         if not self.pair_keys:
             raise DataError(
                 f"{path}: no prediction for any pair of the data; expected "
-                "<log_id>/<timestamp0_ns>.feather (2023) or "
+                "<log_id>/<timestamp0_ns>.feather (2023, 2026) or "
                 "<log_id>/<number of sweep 0, ten digits>.feather (2024)"
             )
+        self.challenge = 2024 if by_place else self._year_of(self.pair_keys[0])
+
+    def _year_of(self, key: PairKey) -> int:
+        """2023 or 2026, whose names are alike: only the files of 2023 tell what is dynamic."""
+        names = self.files.column_names(key.log_id, self._stems[key])
+        return 2023 if "is_dynamic" in names else 2026
 
     def __call__(self, pair: SweepPair) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The prediction for a pair: residual flow (N0, 3) float32, and is_dynamic (N0,) bool.
 
         Flow is 0, and is_dynamic False, for points without a prediction: those outside the mask in
-        2023, or not valid in 2024. is_dynamic is None for 2024, whose files do not contain it.
+        2023, or not valid in 2024. is_dynamic is None but for 2023: other files do not hold it.
         Raises DataError naming the file if it cannot be read.
         """
-        read = self._read_2023 if self.challenge == 2023 else self._read_2024
+        readers = {2023: self._read_2023, 2024: self._read_2024, 2026: self._read_2026}
+        read = readers[self.challenge]
         residual, is_dynamic = read(pair)
 
         # NaN has no error: depending on the metric it would count as bad, as good, or not at all.
@@ -383,8 +403,11 @@ class ChallengePredictions:
         residual[is_valid] = _flow(table)[is_valid]
         return residual, None
 
-    def _read(self, pair: SweepPair, further_column: str, num_rows: int) -> pyarrow.Table:
-        columns = [*FLOW_COLUMNS, further_column]
+    def _read_2026(self, pair: SweepPair) -> tuple[torch.Tensor, None]:
+        return _flow(self._read(pair, None, len(pair.pc0))), None
+
+    def _read(self, pair: SweepPair, further_column: str | None, num_rows: int) -> pyarrow.Table:
+        columns = [*FLOW_COLUMNS, *([further_column] if further_column else [])]
         return self.files.read(pair.log_id, self._stems[pair.key], columns, num_rows)
 
 

@@ -443,9 +443,9 @@ def _judge(arguments: argparse.Namespace, dataset: data.Pairs, estimator, half_e
 def _submit(arguments: argparse.Namespace) -> int:
     if arguments.out.suffix != ".zip":
         raise DataError(f"{arguments.out}: choose a name that ends in .zip")
-    if arguments.masks and arguments.challenge == 2024:
-        raise DataError("--masks: only the 2023 challenge has masks; 2024 scores every point")
-    if arguments.supervised and arguments.challenge == 2023:
+    if arguments.masks and arguments.challenge != 2023:
+        raise DataError("--masks: only the 2023 challenge has masks; others score every point")
+    if arguments.supervised and arguments.challenge != 2024:
         raise DataError("--supervised: only the 2024 challenge asks for it; leave it out")
 
     # The method and the masks first: mistakes in them need no data to be found.
@@ -457,6 +457,10 @@ def _submit(arguments: argparse.Namespace) -> int:
         arguments.out, whole, estimator, arguments.challenge, masks, arguments.supervised
     )
     print(f"{arguments.out}: {count} pairs for the challenge of {arguments.challenge}")
+    if arguments.challenge == 2026:
+        fields = f"-F 'file=@{arguments.out}' -F 'method_name=NAME' -F 'is_unsupervised=true'"
+        print("upload it, with the key of your account and the name of your method, by")
+        print(f"curl -X POST {challenge.UPLOAD_2026} -H 'X-API-Key: KEY' {fields}")
     return 0
 
 
@@ -1034,7 +1038,7 @@ def _add_submit(commands) -> None:
     _option(sub, "--challenge", "year of the challenge, which decides the format",
             type=int, choices=challenge.CHALLENGES, required=True)
     _option(sub, "--out", "file to write", type=Path, required=True, metavar="ZIP")
-    _option(sub, "--supervised", "declare that the method learned from human labels (2024)",
+    _option(sub, "--supervised", "declare that the method learned from human labels (2024 only)",
             action="store_true")
 
 

@@ -1,4 +1,4 @@
-"""Files of the 2023 and 2024 challenges: written, read back, and given to Argoverse's own tools.
+"""Files of the challenges: written, read back, and given to Argoverse's own tools.
 
 The comparison with those tools is skipped where the av2 package is not installed.
 """
@@ -159,6 +159,37 @@ def test_a_file_of_2024_has_residual_flow_of_all_points_and_all_are_valid(tmp_pa
         assert (written[pair.is_ground0.numpy()] == 0).all()
 
 
+def test_a_file_of_2026_has_residual_flow_of_all_points_of_every_pair_and_nothing_else(
+    tmp_path, logs
+):
+    """And it is told from one of 2023, whose files have the same names, by its columns."""
+    file = tmp_path / "submission.zip"
+    keys = challenge.consecutive_keys(logs)
+    assert challenge.write_submission(file, logs, with_errors, 2026) == len(keys)
+    with zipfile.ZipFile(file) as archive:
+        names = [f"{key.log_id}/{key.timestamp0_ns}.feather" for key in keys]
+        assert sorted(archive.namelist()) == sorted(names)
+    predictions = challenge.ChallengePredictions(file, logs)
+    assert predictions.challenge == 2026 and predictions.pair_keys == logs.pair_keys
+    for pair in (logs[0], logs[5]):
+        table = read_member(file, f"{pair.log_id}/{pair.timestamp0_ns}.feather")
+        assert table.column_names == list(data.FLOW_COLUMNS)
+        assert {str(column.type) for column in table.columns} == {"halffloat"}
+        expected = with_errors(pair).flow
+        assert table.num_rows == len(pair.pc0)
+        np.testing.assert_allclose(data.stack(table, data.FLOW_COLUMNS), expected, atol=1e-3)
+        flow, is_dynamic = predictions(pair)
+        assert is_dynamic is None and (flow - expected).abs().max() < 1e-3
+
+
+def test_a_scene_that_counts_in_microseconds_keeps_its_own_numbers_in_2026(logs):
+    dataset = data.subset(logs, logs.pair_keys)
+    log_id = logs.pair_keys[0].log_id
+    dataset.unit_ns = {log_id: 1000}
+    name, key = next(iter(challenge.challenge_members(dataset, 2026).items()))
+    assert name == f"{log_id}/{key.timestamp0_ns // 1000}.feather"
+
+
 def test_given_masks_decide_which_pairs_and_points_are_written(tmp_path, logs):
     keys = [logs.pair_keys[i] for i in (2, 9)]
     masks = write_masks(logs, tmp_path / "masks.zip", keys, prefix="val-masks/")
@@ -262,7 +293,7 @@ def test_a_perfect_flow_is_perfect_from_file_to_archive_to_every_metric(tmp_path
     file = tmp_path / "submission.zip"
     challenge.write_submission(file, logs, truth, year)
     numbers = evaluated(logs, file)
-    assert numbers["pairs"] == (3 if year == 2023 else 4)
+    assert numbers["pairs"] == {2023: 3, 2024: 4, 2026: 14}[year]
     # These numbers include points beyond the mask of 2023, which its files do not contain.
     beyond_the_mask = {"grid", "epe"} if year == 2023 else set()
     checked = 0
@@ -366,7 +397,7 @@ def test_files_that_do_not_fit_a_challenge_are_named(tmp_path, logs):
     )
     for name, message in (
         ("twice", "holds both a/.* and b/.*; choose one of the folders"),
-        ("both", "holds files of both challenges"),
+        ("both", "holds files of two challenges"),
         ("words", "its column is_valid is string"),
         ("nulls", "its column flow_tx_m is double, or has nulls"),
         ("no.zip", "no.zip: no such file or folder"),
@@ -452,6 +483,10 @@ def test_submit_and_evaluate_as_a_user_types_them(tmp_path, split, logs, capsys)
     submit = ["submit", *common, "--baseline", "nearest"]
     assert commands.main([*submit, "--challenge", "2024", "--out", str(out)]) == 0
     assert f"{out}: 4 pairs for the challenge of 2024" in capsys.readouterr().out
+    live = str(tmp_path / "live.zip")
+    assert commands.main([*submit, "--challenge", "2026", "--out", live]) == 0
+    printed = capsys.readouterr().out
+    assert f"-F 'file=@{live}' -F 'method_name=NAME'" in printed and "curl -X POST http" in printed
     evaluate = ["evaluate", *common, "--predictions", str(out)]
     assert commands.main([*evaluate, "--json", str(numbers), "--figures", str(figures)]) == 0
     printed = capsys.readouterr().out
