@@ -540,6 +540,11 @@ def _load_student(arguments: argparse.Namespace, file: str | None = None) -> tor
         model = fastflow3d.load_checkpoint(file or arguments.checkpoint)
     except ValueError as error:
         raise DataError(error) from error
+    if model.is_foreign:
+        size = " x ".join(f"{2 * half:g}" for half in model.settings.half_extent_m)
+        what = f"does not tell its grid and frames; assumed are {size} m around the ego, as published"
+        frames = "and both sweeps in the ego frame of sweep 0"
+        print(f"{file or arguments.checkpoint}: {what}, {frames}", file=sys.stderr)
     if arguments.device == "cpu" and model.settings == fastflow3d.MODELS["narrow"]:
         torch.set_num_threads(1)  # too small for two: beside a busy process, they wait for long
     return model.prepare_inference(getattr(torch, arguments.dtype)).to(arguments.device)

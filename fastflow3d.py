@@ -94,6 +94,7 @@ class FastFlow3D(nn.Module):
     def __init__(self, settings: FastFlow3DSettings = MODELS["normal"]):
         super().__init__()
         self.settings = settings
+        self.is_foreign = False  # loaded from a file that does not tell its grid: `load_checkpoint`
         self.embedder = PillarEmbedder(settings)
         self.backbone = UNet(settings)
         self.head = PointHead(settings)
@@ -338,6 +339,7 @@ def load_checkpoint(path: str | Path) -> FastFlow3D:
     """The student in a checkpoint of train.py or in a published file, on the CPU, for evaluation.
 
     A published file is a Lightning checkpoint of the normal or XL model, recognized by its tensors.
+    Such a file tells neither grid nor frames; ours are assumed, and `is_foreign` is True.
     Weights become float32. Loads data, never code. Raises ValueError naming the file and which
     tensors are missing, unknown, of another shape or not finite.
     """
@@ -373,6 +375,7 @@ def load_checkpoint(path: str | Path) -> FastFlow3D:
     dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
     tensors = {name: tensor.to(dtypes[name]) for name, tensor in tensors.items()}
     model.load_state_dict(tensors, assign=True)  # the file's tensors become the model's own
+    model.is_foreign = "state_dict" in checkpoint
     return model.eval()
 
 

@@ -276,7 +276,7 @@ def test_a_checkpoint_brings_back_the_same_function(tmp_path):
     model, pc0, pc1 = a_model(), cloud(100), cloud(100, seed=1)
     torch.save(fastflow3d.checkpoint_of(model), tmp_path / "student.pt")
     loaded = fastflow3d.load_checkpoint(tmp_path / "student.pt")
-    assert not loaded.training and loaded.settings == model.settings
+    assert not loaded.training and loaded.settings == model.settings and not loaded.is_foreign
     assert torch.equal(loaded([pc0], [pc1])[0][0], model([pc0], [pc1])[0][0])
     with torch.enable_grad():
         flows, _ = loaded.train()([pc0], [pc1])  # and it can be trained on
@@ -318,7 +318,7 @@ def test_a_published_file_is_recognized_and_its_tensors_are_all_there(tmp_path):
     state = seeded_model(MODELS["normal"], cloud(10), cloud(10)).state_dict()
     torch.save(lightning(state), tmp_path / "normal.ckpt")
     loaded = fastflow3d.load_checkpoint(tmp_path / "normal.ckpt")
-    assert not loaded.training and loaded.settings == MODELS["normal"]
+    assert not loaded.training and loaded.settings == MODELS["normal"] and loaded.is_foreign
     assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.state_dict().items())
 
     with torch.device("meta"):

@@ -287,6 +287,16 @@ def test_video_and_show_as_a_user_types_them(tmp_path, street_folder, student_fi
         assert made.width > 1000
 
 
+def test_of_a_published_student_it_is_said_what_is_assumed(tmp_path, street_folder, capsys):
+    state = zeroflow.fastflow3d.FastFlow3D(zeroflow.fastflow3d.MODELS["normal"]).state_dict()
+    file = tmp_path / "published.ckpt"
+    torch.save({"state_dict": {f"model.{name}": tensor for name, tensor in state.items()}}, file)
+    argv = ["show", "--data", str(street_folder), "--checkpoint", str(file), "--device", "cpu"]
+    assert commands.main([*argv, "--out", str(tmp_path / "a.png")]) == 0
+    said = "does not tell its grid and frames; assumed are 102.4 x 102.4 x 6 m around the ego"
+    assert f"{file}: {said}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
