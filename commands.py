@@ -542,8 +542,8 @@ def _load_student(arguments: argparse.Namespace, file: str | None = None) -> tor
         raise DataError(error) from error
     if model.is_foreign:
         size = " x ".join(f"{2 * half:g}" for half in model.settings.half_extent_m)
-        what = f"does not tell its grid and frames; assumed are {size} m around the ego, as published"
-        frames = "and both sweeps in the ego frame of sweep 0"
+        what = f"does not tell its grid and frames; assumed are {size} m around the ego"
+        frames = "and both sweeps in the ego frame of sweep 0, as published"
         print(f"{file or arguments.checkpoint}: {what}, {frames}", file=sys.stderr)
     if arguments.device == "cpu" and model.settings == fastflow3d.MODELS["narrow"]:
         torch.set_num_threads(1)  # too small for two: beside a busy process, they wait for long
