@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import itertools
 import json
 import multiprocessing.connection
@@ -24,7 +25,7 @@ import threading
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import torch
 from torch import Tensor
@@ -35,6 +36,23 @@ import fastflow3d
 from data import DataError, Outage
 
 # --- The folder of a run --------------------------------------------------------------------------
+
+
+def _lock(folder: Path) -> BinaryIO:
+    """An open file by which this process keeps others out of a run's folder.
+
+    The system lets go of it when the process ends, however it ends. Raises DataError if another
+    process has it: two runs in one folder would overwrite each other's checkpoints.
+    """
+    lock = (folder / ".lock").open("ab")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        what = "another process is training in this folder"
+        raise DataError(f"{folder}: {what}; wait for it, or choose another --out") from error
+    except OSError:  # a disk that knows no locks
+        pass
+    return lock
 
 
 class Log:
@@ -49,6 +67,7 @@ class Log:
         if folder is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
+        self.lock = _lock(folder)
         for unfinished in folder.glob(".*.tmp"):  # of a process that was killed
             unfinished.unlink()
         with data.atomic_file(folder / "settings.json") as file:

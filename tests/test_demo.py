@@ -38,7 +38,7 @@ def test_the_whole_method_on_a_tiny_street(tmp_path, cache, capsys):
     for file in (picture, run / "curve.png"):
         assert file.read_bytes().startswith(b"\x89PNG")
     assert len(train.read_log(run)) == 2
-    files = {"curve.png", "demo.json", "last.pt", "log.jsonl", "settings.json"}
+    files = {".lock", "curve.png", "demo.json", "last.pt", "log.jsonl", "settings.json"}
     assert {file.name for file in run.iterdir()} == files
     stored = json.loads((run / "settings.json").read_text())
     assert stored["preset"] == "street" and stored["steps"] == 2 and stored["clip_norm"] == 0.5

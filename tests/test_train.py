@@ -328,6 +328,29 @@ def test_a_share_of_the_samples_is_part_of_a_larger_one_whatever_their_order(tmp
     assert kept[2][0] is kept[2][0] and whole[2][0] is not whole[2][0]
 
 
+def test_a_second_process_in_the_folder_of_a_run_is_refused_until_the_first_has_ended(
+    tmp_path, street
+):
+    """Killed, so that nothing is cleaned up."""
+    labels.label_dataset(street, tmp_path / "labels", QUICK_TEACHER, workers=1)
+    code = f"""
+import pathlib, sys, time
+sys.path.insert(0, {str(Path(train.__file__).parent)!r})
+import runs, train
+log = runs.Log(pathlib.Path({str(tmp_path / "run")!r}), 0, 0, train.TrainSettings())
+print("locked", flush=True)
+time.sleep(60)
+"""
+    samples = train.Samples([train.LabeledPairs(street, tmp_path / "labels")])
+    settings = dataclasses.replace(STREET, steps=1)
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        with pytest.raises(data.DataError, match="another process is training in this folder"):
+            train.train(samples, settings, tmp_path / "run")
+        process.kill()
+    assert train.train(samples, settings, tmp_path / "run") is not None
+
+
 def test_a_broken_pair_is_replaced_and_counted_and_too_many_stop_the_run(tmp_path, street, capsys):
     labels.label_dataset(street, tmp_path / "labels", QUICK_TEACHER, workers=1)
     pairs = train.LabeledPairs(street, tmp_path / "labels")
@@ -942,7 +965,8 @@ def test_a_full_disk_is_one_line_and_the_old_checkpoint_stays(tmp_path, own, mon
         (line,) = [e for e in capsys.readouterr().err.splitlines() if e.startswith("error")]
         assert "cannot be written (No space left on device); what was there is unchanged" in line
         assert str(run / "last.pt") in line
-        assert {file.name for file in run.iterdir()} == {"last.pt", "log.jsonl", "settings.json"}
+        files = {file.name for file in run.iterdir()} - {".lock"}
+        assert files == {"last.pt", "log.jsonl", "settings.json"}
         assert state_of(run)["step"] == 0
         shutil.rmtree(run)
 
