@@ -25,10 +25,14 @@ are off unless asked for; for the paper's speed weight and its code's see `zerof
 from __future__ import annotations
 
 import os
+import sys
 
 # torch's threads wait for each other by spinning, which takes the cores from whoever they wait for
 # if another process is busy, too. This lets them sleep; it works only before torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# In a file or a log, a progress bar is a line per minute. This works only before tqdm is loaded.
+if not sys.stderr.isatty():
+    os.environ.setdefault("TQDM_MININTERVAL", "60")
 
 import contextlib
 import dataclasses
@@ -37,7 +41,6 @@ import functools
 import hashlib
 import itertools
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

@@ -30,6 +30,15 @@ import zeroflow
 ROOT = Path(zeroflow.__file__).parent
 
 
+def test_where_stderr_is_no_terminal_a_progress_bar_is_a_line_per_minute(tmp_path):
+    """Some 20 logs in several seconds: a line at the start, and one at the end."""
+    command = [sys.executable, str(ROOT / "zeroflow.py"), "synthesize", "--preset", "teaching"]
+    command += ["--logs", "20", "--out", str(tmp_path / "street")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0
+    assert done.stderr.count("street:") <= 2 and "20/20" in done.stderr
+
+
 def test_predict_as_a_user_types_it(tmp_path, student_file, street_folder, street, capsys):
     """Both formats, a picture, total flow; and lines that say what was assumed."""
     pair = street[0]
