@@ -102,12 +102,16 @@ class ScenePairs(data.Pairs):
         h5py, unit_ns = _h5py(self.folder), self.unit_ns[key.log_id]
         is_av2 = AV2_YEARS_NS[0] < key.timestamp0_ns < AV2_YEARS_NS[1]
         lidar = AV2_LIDAR_M if is_av2 else None
+
+        # The file is opened for each pair anew: an open one cannot be shared with other processes.
         with data.naming(file, "not a scene in HDF5"), h5py.File(file, "r") as scene:
             sweeps = [scene[str(stamp // unit_ns)] for stamp in key[1:]]
             points = [_points(sweep, lidar) for sweep in sweeps]
             is_ground = [self._is_ground(sweep, p) for sweep, p in zip(sweeps, points, strict=True)]
             poses = [_pose(sweep) for sweep in sweeps]
             raw = _raw_truth(sweeps[0], len(points[0])) if self.true_flow else None
+
+        # Poses of each sweep's own ego frame give the ego-motion.
         ego1_SE3_ego0 = data.inverse(poses[1]) @ poses[0]
         with data.naming(file, f"wrong poses of sweeps {key[1]} and {key[2]}"):
             data.check_ego_motion(ego1_SE3_ego0, key.seconds)

@@ -39,11 +39,13 @@ def pairs_of_log(
 
     Raises DataError if there are none.
     """
+    # Without a choice, the first log that has pairs.
     log_id = dataset.pair_keys[0].log_id if log_id is None else log_id
     keys = [key for key in dataset.pair_keys if key.log_id == log_id]
     if not keys:
         known = ", ".join(list(dict.fromkeys(key.log_id for key in dataset.pair_keys))[:5])
         raise DataError(f"--log {log_id}: has no pairs here; there are {known} ...")
+    # Times are shown, and asked for, in seconds from the first of those pairs.
     first_ns = keys[0].timestamp0_ns
     chosen = []
     for key in keys:
@@ -88,6 +90,7 @@ def film_frames(
         except (DataError, OSError) as error:
             print(f"left out: {error}", file=sys.stderr)
             continue
+        # The caption: which log, when, and how fast the ego is.
         ego1_SE3_ego0 = pair.ego1_SE3_ego0.numpy()
         mps = np.linalg.norm(ego1_SE3_ego0[:3, 3]) / pair.seconds
         at_s = (key.timestamp0_ns - keys[0].timestamp0_ns) / 1e9
@@ -95,6 +98,7 @@ def film_frames(
         yield film.frame(pair, list(flows.values()), caption, world_SE3_ego0)
         if watch is not None:
             watch(pair, flows)
+        # Each pose follows from the one before, so the world needs no map.
         world_SE3_ego0 = world_SE3_ego0 @ data.inverse(ego1_SE3_ego0)
         count += 1
     if count == 0:
@@ -205,11 +209,15 @@ class Recording:
         """Both sweeps of a pair, its boxes, and its flows (N0, 3) by name."""
         rerun, stream = self.rerun, self.stream
         stream.set_time("time", timestamp=pair.timestamp0_ns / 1e9)
+
+        # Both sweeps in the colors of every figure: ground gray, sweep 0 blue, sweep 1 orange.
         kept = ~pair.is_ground0
         colors0 = np.where(pair.is_ground0.numpy()[:, None], 60, (31, 119, 180)).astype(np.uint8)
         stream.log("ego/sweep 0", rerun.Points3D(pair.pc0.numpy(), colors=colors0))
         orange = (255, 127, 14)
         stream.log("ego/sweep 1", rerun.Points3D(pair.pc1[~pair.is_ground1].numpy(), colors=orange))
+
+        # Each flow as colored points, and as an arrow where something moves.
         for name, flow in flows.items():
             points, flow = pair.pc0[kept].numpy(), flow[kept]
             mps = flow / pair.seconds
@@ -221,6 +229,8 @@ class Recording:
                 origins=points[moves], vectors=flow.numpy()[moves], colors=colors[moves]
             )
             stream.log(f"ego/flow of {name}/arrows", arrows)
+
+        # Boxes are there only in Argoverse 2's annotated splits.
         boxes = self._boxes(pair)
         if boxes:
             drawn = rerun.Boxes3D(
@@ -280,8 +290,10 @@ def judge(
                 raise
             print(f"left out: {error}", file=sys.stderr)
             continue
-        rows.append({**_judged(pair, estimate.flow, half_extent_m, against)})
+        rows.append(_judged(pair, estimate.flow, half_extent_m, against))
         rows[-1]["seconds_per_pair"] = estimate.seconds
+
+        # The teacher's own warnings hold for any flow.
         suspicion = _suspicion(pair, estimate.flow, half_extent_m)
         if suspicion is not None:
             suspicions.append(f"{tuple(pair.key)}: {suspicion}")
@@ -289,6 +301,9 @@ def judge(
         raise DataError(f"none of {len(dataset)} pairs could be judged; the reasons are above")
     for line in suspicions[:10]:
         print(line, file=sys.stderr)
+
+    # A number that a pair does not have, such as the rigidity of what moves where nothing does, is
+    # NaN there, and is left out of its mean.
     numbers = {"pairs": len(rows), "broken": broken, "suspicious_pairs": len(suspicions)}
     for name in rows[0]:
         values = np.array([row[name] for row in rows])
@@ -310,8 +325,14 @@ JUDGED = {
 }
 
 
-def _judged(pair, flow: torch.Tensor, half_extent_m, against) -> dict[str, float]:
-    """The numbers of one pair."""
+def _judged(
+    pair: SweepPair,
+    flow: torch.Tensor,
+    half_extent_m: zeroflow.Grid,
+    against: torch.Tensor | None,
+) -> dict[str, float]:
+    """The numbers of one pair, of flow (N0, 3); against: the flow (N0, 3) of another method."""
+    # Does the flow bring sweep 0 closer to sweep 1?
     is_source, is_target = data.input_masks(pair, half_extent_m)
     points, flow, target = pair.pc0[is_source], flow[is_source], pair.pc1[is_target]
     nan = float("nan")
@@ -323,6 +344,7 @@ def _judged(pair, flow: torch.Tensor, half_extent_m, against) -> dict[str, float
         after = neighbors.distance(points + flow, reach, beyond=reach).mean().item()
     found = {"distance_before_m": before, "distance_after_m": after}
 
+    # How much of it moves, how rigidly, and would another method agree?
     speed = flow.norm(dim=1) / max(pair.seconds, 1e-9)
     for mps in SPEEDS_MPS:
         share = (speed > mps).float().mean().item() if len(speed) else nan
@@ -339,6 +361,7 @@ def _judged(pair, flow: torch.Tensor, half_extent_m, against) -> dict[str, float
 
 def _not_rigid(points: torch.Tensor, flow: torch.Tensor) -> float:
     """How far, on average, points (N, 3) of moving clusters are from the best rigid motion."""
+    # Only what moves in a cluster: a car, say, and not the wall beside it.
     cluster = nsfp.find_clusters(points.double(), 0.5, 10)
     is_moving = (cluster >= 0) & (flow.norm(dim=1) >= data.DYNAMIC_THRESHOLD_M)
     if not is_moving.any():
@@ -349,7 +372,7 @@ def _not_rigid(points: torch.Tensor, flow: torch.Tensor) -> float:
     return (nsfp.move(points, motion, slot) - points - flow).norm(dim=1).mean().item()
 
 
-def _suspicion(pair: SweepPair, flow: torch.Tensor, half_extent_m) -> str | None:
+def _suspicion(pair: SweepPair, flow: torch.Tensor, half_extent_m: zeroflow.Grid) -> str | None:
     """Why a flow may be wrong as a whole, as `labels.suspicion` has it for labels."""
     has_flow = data.input_masks(pair, half_extent_m)[0]
     settings = {"half_extent_m": list(half_extent_m)}

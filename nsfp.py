@@ -151,13 +151,17 @@ def estimate_flow(
 
 
 class TeacherFlow(NamedTuple):
-    """What a teacher says of one pair."""
+    """A teacher's result for one pair."""
 
     flow: Tensor  # (N, 3) float32, meters, residual
     # (N,) float32: how many times closer to sweep 1 the best motion of the point's cluster brings
     # it (mean squared distance) than no motion does, whichever of the two was chosen. The nearer to
     # `evidence`, the less certain was the choice. NaN where nothing was compared.
     gain: Tensor
+
+    def like(self, pc0: Tensor) -> TeacherFlow:
+        """The same on the device, and in the dtype, of pc0."""
+        return TeacherFlow(self.flow.to(pc0), self.gain.to(pc0))
 
 
 def estimate_flows(
@@ -491,7 +495,7 @@ def refine_flow(
     members = (cluster >= 0).nonzero()[:, 0]  # rows of pc0
     result = not_compared(flows[0].clone() if pc1 is None else torch.zeros_like(points))
     if len(members) == 0:
-        return TeacherFlow(*(part.to(pc0) for part in result))
+        return result.like(pc0)
 
     # A motion has few parameters: a sample of each cluster is enough to estimate it ...
     sample = _sample_clusters(cluster, members, settings)  # rows of pc0
@@ -504,9 +508,8 @@ def refine_flow(
     if pc1 is not None:
         surface = Surface(pc1.detach().cpu().double())
         lidar1 = lidar1 if lidar1 is None else lidar1.cpu().double()
-        motion, gain = _confirmed_motions(
-            points_s, candidates, cluster_s, surface, lidar1, settings
-        )
+        about = (cluster_s, surface, lidar1, settings)
+        motion, gain = _confirmed_motions(points_s, candidates, *about)
         result.gain[members] = gain[cluster[members]]
 
     # ... and then all its members move by it, or not at all if they move too little.
@@ -517,18 +520,18 @@ def refine_flow(
     result.flow[members] = displacement
     moving = members[~is_static]
     if pc1 is None or len(moving) == 0:
-        return TeacherFlow(*(part.to(pc0) for part in result))
+        return result.like(pc0)
 
     # What is left are points in no cluster, such as those of the beam that grazes a roof.
     loose = (cluster < 0).nonzero()[:, 0]
     nearest = Neighbors(points[moving]).nearest(points[loose], settings.join_reach)
-    loose, nearest = loose[nearest < len(moving)], nearest[nearest < len(moving)]
-    moved = move(points[loose], motion, cluster[moving[nearest]])
+    loose, like = loose[nearest < len(moving)], moving[nearest[nearest < len(moving)]]
+    moved = move(points[loose], motion, cluster[like])
     reach = settings.confirm_reach
     is_closer = surface.sq_distance(moved, reach) < surface.sq_distance(points[loose], reach)
     result.flow[loose[is_closer]] = (moved - points[loose])[is_closer]
-    result.gain[loose[is_closer]] = result.gain[moving[nearest]][is_closer]
-    return TeacherFlow(*(part.to(pc0) for part in result))
+    result.gain[loose[is_closer]] = result.gain[like[is_closer]]
+    return result.like(pc0)
 
 
 def find_clusters(points: Tensor, reach: float, min_points: int) -> Tensor:

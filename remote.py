@@ -127,6 +127,7 @@ class Bucket:
             except ElementTree.ParseError as error:
                 what = f"its listing is not XML ({error}); is this address a bucket?"
                 raise DataError(f"s3://{self.name}/{prefix}: {what}") from error
+            # A page has at most 1,000 names, and a token by which the next page is asked for.
             for element in page.iter():
                 # Names carry the name space of the page: {http://...}Contents.
                 kind = element.tag.rpartition("}")[2]
@@ -145,7 +146,12 @@ class Bucket:
 
 
 def open_remote(
-    address: str, true_flow: bool, ground: str, cache: str | None, cache_gb: float | None, **counts
+    address: str,
+    true_flow: bool,
+    ground: str,
+    cache: str | None,
+    cache_gb: float | None,
+    **counts: int,
 ) -> RemotePairs:
     """The pairs of a split, or of one log, at an address s3://bucket/...; see `data.open_dataset`.
 
@@ -180,6 +186,7 @@ class Cache:
         file = self.folder / prefix / ".listing.json"
         with contextlib.suppress(OSError, ValueError):
             return json.loads(file.read_text())
+        # One log has sweeps right below it; a split has folders, each of them a log.
         sweeps, _ = self.bucket.list(f"{prefix}/sensors/lidar/")
         if sweeps:
             logs = [prefix]
@@ -190,6 +197,7 @@ class Cache:
                 found = f"there are {len(files)} files" if files else "there is nothing"
                 address = f"s3://{self.bucket.name}/{prefix}"
                 raise DataError(f"{address}: {found}, and no log; give the address of a split")
+        # What the sweeps are called, and how many bytes each has, is one request per log.
         with ThreadPoolExecutor(LISTING_THREADS) as pool:
             listings = pool.map(lambda log: self.bucket.list(f"{log}/sensors/lidar/")[0], logs)
             found = {log: files for log, files in zip(logs, listings, strict=True) if files}
@@ -241,6 +249,7 @@ class Cache:
         """
         if self.most_gb is None:
             return
+        # Of all logs that are here, how many bytes are too many?
         sizes = {log: _bytes_in(self.folder / log) for log in logs}
         too_many = sum(sizes.values()) - self.most_gb * 1e9
         used = {log: self._lock_file(log) for log in logs if sizes[log]}
