@@ -155,7 +155,7 @@ def error_of(estimator: zeroflow.Estimator, dataset: data.Pairs) -> float:
 
 # --- Why a student may beat its teacher -----------------------------------------------------------
 
-WHY_LOGS, WHY_STEPS, WHY_SEEDS = 100, 6000, (0, 1, 2)
+WHY_LOGS, WHY_STEPS, WHY_SEEDS = 30, 3000, (0, 1, 2)
 
 
 def why(settings: train.TrainSettings, street: demo.DemoSettings) -> None:

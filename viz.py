@@ -499,6 +499,10 @@ def scaling_law_figure(
             level = levels["better teacher"]
             ax.axhline(level, color="tab:green", linestyle="--", label="the better teacher")
         else:
+            # Beyond the last log that people labeled, the twin cannot get any better.
+            logs, errors = list(points[supervised].items())[-1]
+            best = {"color": SWEEP1, "linestyle": ":", "label": f"its mean with {logs} logs"}
+            ax.axhline(np.mean(errors), **best)
             ax.axhline(levels["no-motion"], color="0.6", linestyle=":", label="no-motion")
         ax.set(title=title, xscale="log", xlabel="logs trained on", ylim=(0, None))
         # Ticks only where there are points, not at powers of ten.
@@ -506,7 +510,7 @@ def scaling_law_figure(
         ax.set_xticks(ticks, [str(tick) for tick in ticks])
         ax.minorticks_off()
         ax.grid(alpha=0.3)
-        ax.legend(fontsize="small")
+        ax.legend(fontsize="small", loc="upper right", bbox_to_anchor=(1, 0.93))
     panels[0].set_ylabel("grid three-way EPE on unseen logs (m)")
     return figure
 
