@@ -39,6 +39,7 @@ VALIDATION_SEED, VALIDATION_LOGS = 2, 12
 # seed 0 loses 3 % of its error on validation logs by it. More logs never need fewer steps. The most
 # are 8,000, or as many more as it takes to show each pair ten times.
 LEAST_STEPS, MOST_STEPS, WORTHWHILE, LEAST_SHOWN = 1000, 8000, 0.97, 10
+DOUBT = 1.5  # students leave out the points that their teacher was not sure about
 
 
 class ScalingLaw:
@@ -237,6 +238,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         # Several processes may train one kind each; without --only, the rest is trained and drawn.
         most_logs = 300 if given.train_logs is None else given.train_logs
+        settings = dataclasses.replace(settings, doubt=DOUBT)
         law = ScalingLaw(settings, demo.DemoSettings(most_logs), given.out)
         if given.only:
             law.train_all(given.only)

@@ -133,7 +133,6 @@ class TrainSettings:
 # them weighs by speed.
 _STREET = {"model": "narrow", "steps": 8000, "batch_size": 1, "micro_batch": 1, "workers": 0}
 _STREET |= {"lr": 2e-3, "cosine": True, "weighted_share": 0.5, "clip_norm": 0.5, "mirror": True}
-_STREET |= {"doubt": 1.5}
 
 # The paper's runs. 3x and 5x take the Sensor data set first and then the LiDAR data set, of which
 # there are three folders: train, val and test. XL was trained on six GPUs with two pairs each.
