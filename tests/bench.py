@@ -13,6 +13,7 @@
 
 These run only if they are named, because they take long or need a GPU:
 
+  remote      reading three logs of 21 sweeps from a bucket, served by this machine
   departures  `fast` without each of its departures from the published teacher
   nsfp        errors of the two slow teachers, about 25 minutes
   student_xl  `student` for the XL model, about 15 minutes
@@ -235,6 +236,32 @@ def opening_a_split(split: Path) -> None:
             (lidar / f"{sweep * 10**8}.feather").touch()
     opening = median_seconds(lambda: data.open_dataset(split))
     print(f"  opening a split of 1,000 logs of 157 sweeps: {opening:.2f} s")
+
+
+def from_a_bucket(folder: Path) -> None:
+    """Reading pairs from a bucket the first and the second time, beside the same from a folder."""
+    from test_remote import Server
+
+    settings = dataclasses.replace(synthetic.PRESETS["full"], sweeps=21)
+    synthetic.write_logs(folder / "bucket" / "street", 3, settings)
+    server = Server(folder / "bucket")
+    os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{server.server_port}"
+    address, cache = "s3://bucket/street", folder / "cache"
+    for name, path in (
+        ("first", address),
+        ("second", address),
+        ("folder", folder / "bucket/street"),
+    ):
+        before = len(server.requests)
+        options = {"cache": cache} if path == address else {}
+        start = time.perf_counter()
+        pairs = data.open_dataset(path, true_flow=False, **options)
+        points = sum(len(pair.pc0) for pair in pairs)
+        rate = len(pairs) / (time.perf_counter() - start)
+        requests = len(server.requests) - before
+        print(
+            f"{name}: {len(pairs)} pairs, {points} points, {requests} requests, {rate:.1f} pairs/s"
+        )
 
 
 def label_files(folder: Path) -> None:
@@ -729,6 +756,7 @@ SHORT = {
 
 # Run only by name.
 LONG = {
+    "remote": from_a_bucket,
     "departures": departures,
     "nsfp": slow_teachers,
     "student_xl": student_xl,
