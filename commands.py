@@ -395,6 +395,11 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     numbers, name = evaluation.numbers, _name_of_method(arguments)
     size = " x ".join(f"{2 * half:g}" for half in half_extent_m)
     print(f"{numbers['pairs']} pairs; errors in meters; the grid is {size} m")
+    # On Waymo only this number can be compared with what others have published.
+    if type(dataset).__name__ == "WaymoPairs":
+        others = ", ".join(f"{who} {value}" for who, value in metrics.WAYMO_BUCKETED.items())
+        mean = numbers["bucketed_dynamic_mean"]
+        print(f"\nbucketed, dynamic: {mean:.3f}; published for the validation split: {others}")
     print(zeroflow.table({name: numbers}), metrics.report(numbers), sep="\n\n")
 
     # The paper's numbers are of the whole validation split, so only that is shown beside them.

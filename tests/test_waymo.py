@@ -16,6 +16,7 @@ from pyarrow import parquet
 from scipy.spatial.transform import Rotation
 
 import clouds
+import commands
 import data
 import waymo
 
@@ -250,6 +251,19 @@ def test_a_fast_car_has_its_own_displacement_and_a_parked_one_none_while_the_ego
     assert pair.flow[~is_foreground].abs().max() == 0 and pair.category[~is_foreground].max() == 0
     assert pair.is_dynamic.nonzero().flatten().tolist() == [fast]
     assert (~pair.is_valid).nonzero().flatten().tolist() == [gone]
+
+
+def test_evaluate_prints_the_number_first_that_can_be_compared_with_published_ones(
+    tmp_path, capsys
+):
+    point = points_by_hand(0, pixel_poses_of(0))[0]
+    boxes = [box(i, "car", pose(0, 0, 0, *point)) for i in (0, 1)]
+    write_segment(tmp_path, boxes=boxes)
+    argv = ["evaluate", "--data", str(tmp_path), "--baseline", "no-motion", "--device", "cpu"]
+    assert commands.main(argv) == 0
+    printed = capsys.readouterr().out
+    assert printed.index("bucketed, dynamic: ") < printed.index("grid 3-way")
+    assert "EulerFlow 0.219, FastNSF 0.429, NSFP 0.573" in printed
 
 
 def test_a_box_without_points_does_not_count_and_signs_are_signs(tmp_path):
