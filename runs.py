@@ -63,7 +63,7 @@ class Log:
     """
 
     def __init__(self, folder: Path | None, step: int, validated: int, settings: Any):
-        self.folder, self.file = folder, None
+        self.folder, self.file, self.lock = folder, None, None
         if folder is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -94,6 +94,12 @@ class Log:
             remedy = "make room, then go on by --resume"
             reason = f"cannot be written ({error.strerror}); {remedy}"
             raise OSError(error.errno, reason, str(self.file.name)) from error
+
+    def close(self) -> None:
+        """Let other processes train in the folder. Checkpoints can still be saved."""
+        for file in (self.file, self.lock):
+            if file is not None:
+                file.close()
 
     def save(self, checkpoint: dict, name: str) -> None:
         """Write a checkpoint. If the power fails, either the old file or the new one is whole."""

@@ -643,6 +643,7 @@ def train(
     save = functools.partial(_save, log, model, optimizer, state, settings)
     bar = tqdm(total=total, initial=state.step, desc="student", unit="step", disable=rank > 0)
     with (
+        contextlib.closing(log),
         bar as progress,  # closed, also after an error, so that the error has a line of its own
         _threads(settings),
         stop_signals() as stopped,

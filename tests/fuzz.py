@@ -136,10 +136,14 @@ def reference_of(kind_name: str, templates: Path) -> tuple[Values, list[str]]:
     return values, lines
 
 
+# As a link, the lock of a run would be one and the same for all copies of it.
+_NO_LOCK = shutil.ignore_patterns(".lock")
+
+
 def copy_of(kind: Kind, templates: Path, temporary: Path) -> tuple[Path, Path]:
     """A copy of the valid files, as links, and the one in it that is to be changed."""
     folder = temporary / "files"
-    shutil.copytree(templates / kind.layout, folder, copy_function=os.link)
+    shutil.copytree(templates / kind.layout, folder, copy_function=os.link, ignore=_NO_LOCK)
     return folder, sorted(folder.glob(kind.file))[0]
 
 

@@ -350,6 +350,10 @@ time.sleep(60)
         process.kill()
     assert train.train(samples, settings, tmp_path / "run") is not None
 
+    # A process that has trained, and lives on, keeps nobody out.
+    code = code.replace("time.sleep(60)", "")
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
 
 def test_a_broken_pair_is_replaced_and_counted_and_too_many_stop_the_run(tmp_path, street, capsys):
     labels.label_dataset(street, tmp_path / "labels", QUICK_TEACHER, workers=1)
