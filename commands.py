@@ -100,7 +100,7 @@ def _check(arguments: argparse.Namespace) -> int:
     found["kind"] = type(dataset).__name__.removesuffix("Pairs")
     found["notes"] = dataset.notes  # reading may have added some
     is_remote = hasattr(dataset, "bytes_to_fetch")
-    found["bytes"] = dataset.bytes_to_fetch() if is_remote else _bytes_in(Path(arguments.data))
+    found["bytes"] = dataset.bytes_to_fetch() if is_remote else data.bytes_in(Path(arguments.data))
     found["is_remote"] = is_remote
     found["is_usable"] = len(found["broken"]) <= arguments.max_broken * found["pairs_read"]
 
@@ -121,16 +121,6 @@ def _check(arguments: argparse.Namespace) -> int:
         reason = "cannot be used: no point is in the student's grid; are these ego coordinates?"
     print("can be used" if found["is_usable"] else reason)
     return 0 if found["is_usable"] else 1
-
-
-def _bytes_in(folder: Path) -> int:
-    """Bytes of all files below a folder, also behind symbolic links; unreadable ones count as 0."""
-    total = 0
-    for place, _, names in os.walk(folder, followlinks=True):
-        for name in names:
-            with contextlib.suppress(OSError):
-                total += os.stat(os.path.join(place, name)).st_size
-    return total
 
 
 def survey(dataset: data.Pairs, sample: int | None, half_extent_m: zeroflow.Grid) -> dict:

@@ -200,7 +200,7 @@ class Recording:
         except ImportError as error:
             what = "needs the library rerun-sdk: pip install rerun-sdk"
             raise DataError(f"{file}: {what}, or leave --rerun out") from error
-        self.rerun, self.file, self.dataset = rerun, file, dataset
+        self.rerun, self.dataset = rerun, dataset
         self.stream = rerun.RecordingStream("zeroflow")
         self.stream.save(str(file))
         self.stream.log("ego", rerun.ViewCoordinates.RIGHT_HAND_Z_UP, static=True)
@@ -261,7 +261,6 @@ def _quaternion(rotation: np.ndarray) -> np.ndarray:
 # --- What can be said without a truth -------------------------------------------------------------
 
 SPEEDS_MPS = (0.5, 2.0, 5.0, 10.0)
-PARTNER_REACH_M = 1.0  # a point farther from sweep 1 than this counts as this far
 
 
 def judge(
@@ -339,7 +338,7 @@ def _judged(
     before = after = nan
     if len(points) and len(target):
         neighbors = nsfp.Neighbors(target)
-        reach = PARTNER_REACH_M
+        reach = labels.PARTNER_REACH_M  # a point farther from sweep 1 counts as this far
         before = neighbors.distance(points, reach, beyond=reach).mean().item()
         after = neighbors.distance(points + flow, reach, beyond=reach).mean().item()
     found = {"distance_before_m": before, "distance_after_m": after}

@@ -250,7 +250,7 @@ class Cache:
         if self.most_gb is None:
             return
         # Of all logs that are here, how many bytes are too many?
-        sizes = {log: _bytes_in(self.folder / log) for log in logs}
+        sizes = {log: data.bytes_in(self.folder / log) for log in logs}
         too_many = sum(sizes.values()) - self.most_gb * 1e9
         used = {log: self._lock_file(log) for log in logs if sizes[log]}
         for log in sorted(
@@ -264,15 +264,6 @@ class Cache:
                 (self.folder / log / ".complete").unlink(missing_ok=True)
                 shutil.rmtree(self.folder / log, ignore_errors=True)
                 too_many -= sizes[log]
-
-
-def _bytes_in(folder: Path) -> int:
-    total = 0
-    for place, _, names in os.walk(folder):
-        for name in names:
-            with contextlib.suppress(OSError):
-                total += os.stat(os.path.join(place, name)).st_size
-    return total
 
 
 class RemotePairs(data.Argoverse2Pairs):

@@ -156,16 +156,8 @@ DTYPES = ("float32", "bfloat16")
 # Settings that may change when a run is resumed: paths, speed, and remedies for exploding
 # gradients. With any other change it would be another run under the same name.
 MAY_CHANGE = {"resume", "out", "data", "labels", "val", "val_share", "validate_every", "max_broken"}
-MAY_CHANGE |= {
-    "cache",
-    "cache_gb",
-    "workers",
-    "device",
-    "checkpoint_every",
-    "lr",
-    "clip_norm",
-    "dtype",
-}
+MAY_CHANGE |= {"workers", "device", "checkpoint_every", "lr", "clip_norm", "dtype"}
+MAY_CHANGE |= {"cache", "cache_gb"}
 
 
 def resolve(given: dict) -> TrainSettings:
@@ -202,17 +194,8 @@ def _option(name: str) -> str:
 def check_settings(settings: TrainSettings) -> None:
     """Raise DataError for settings that cannot work, before any time is spent."""
     _check_sources(settings)
-    positive = [
-        "epochs",
-        "steps",
-        "batch_size",
-        "micro_batch",
-        "lr",
-        "clip_norm",
-        "fraction",
-        "doubt",
-    ]
-    for name in [*positive, "checkpoint_every", "validate_every"]:
+    positive = ["epochs", "steps", "batch_size", "micro_batch", "lr", "clip_norm", "fraction"]
+    for name in [*positive, "doubt", "checkpoint_every", "validate_every"]:
         value = getattr(settings, name)
         if value is not None and not value > 0:
             raise DataError(f"{_option(name)} {value}: must be positive")

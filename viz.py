@@ -4,7 +4,7 @@ Bird's-eye views have meters on both axes, equal aspect, the ego at the origin, 
 right and y (left) up. Sweep 0 is blue, sweep 1 orange, ground gray. Flow arrows are at true scale.
 Points, flows and sweeps are tensors in the ego frame of sweep 0, in meters. Every function named
 `..._figure` returns a matplotlib Figure, to be saved with `.savefig(file)`; `Film` makes the frames
-of a film, and `write_film` the file.
+of a film, which look.py writes to a file.
 """
 
 from __future__ import annotations

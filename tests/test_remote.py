@@ -328,6 +328,6 @@ def test_beyond_its_size_the_cache_loses_the_logs_unused_for_longest_but_none_in
     # It is fetched again. There is room for one and a half logs: the older one has to go.
     assert torch.equal(dataset[2].pc0, street[2].pc0)
     os.utime(cache._lock_file(first), (1, 1))
-    cache.most_gb = 1.5e-9 * remote._bytes_in(folder / first[7:])
+    cache.most_gb = 1.5e-9 * data.bytes_in(folder / first[7:])
     cache.evict([first, second])
     assert (folder / second[7:]).is_dir() and not (folder / first[7:]).exists()
