@@ -63,6 +63,7 @@ CATEGORIES = (
 ).split()
 
 GROUNDS = ("auto", "raster", "vector", "points", "none")  # where a ground mask can come from
+TRUTHS = ("av2", "grown")  # how boxes become flow, see `true_residual_flow` and `grown_flow`
 TRUTH_FIELDS = ("flow", "category", "is_dynamic", "is_valid")  # of a SweepPair, where known
 FLOW_COLUMNS = ("flow_tx_m", "flow_ty_m", "flow_tz_m")  # of every file that holds flow
 POSE_COLUMNS = ("qw", "qx", "qy", "qz", "tx_m", "ty_m", "tz_m")
@@ -162,6 +163,7 @@ def open_dataset(
     min_range_m: float | None = None,
     cache: str | Path | None = None,
     cache_gb: float | None = None,
+    truth: str = "av2",
 ) -> Pairs:
     """Open an Argoverse 2 split or log, a Waymo split, a folder of clouds or HDF5 scenes, as pairs.
 
@@ -175,12 +177,16 @@ def open_dataset(
     sweeps_per_log: only the first ones; None: all. The published code takes 145 of a Sensor log.
     poses, rate_hz, columns, min_range_m: for folders of clouds only, see `clouds.CloudPairs`.
     cache, cache_gb: for addresses only, see `remote.open_remote`.
+    truth: how Argoverse 2's boxes become flow: "av2" as its own tools do it; "grown" as many papers
+    since 2025 do, see `grown_flow`.
     A folder that cannot be read costs only itself, and a line in the result's `skipped`.
     Raises DataError if the folder is not a data set, and names the splits that it holds.
     """
     address, path = str(path), Path(path)
     if ground not in GROUNDS:
         raise DataError(f"ground {ground!r}: choose {', '.join(GROUNDS)}")
+    if truth not in TRUTHS:
+        raise DataError(f"truth {truth!r}: choose {', '.join(TRUTHS)}")
     for name, count in (("pairs_per_log", pairs_per_log), ("sweeps_per_log", sweeps_per_log)):
         if count is not None and count < 1:
             raise DataError(f"{name} {count}: give a number of 1 or more, or None for all")
@@ -188,8 +194,8 @@ def open_dataset(
     if address.startswith("s3://"):
         refuse_cloud_options(path, "Argoverse 2's", *cloud_options)
         remote = _import_reader("remote", f"{address}: an address")
-        counts = {"pairs_per_log": pairs_per_log, "sweeps_per_log": sweeps_per_log}
-        return remote.open_remote(address, true_flow, ground, cache, cache_gb, **counts)
+        options = {"pairs_per_log": pairs_per_log, "sweeps_per_log": sweeps_per_log, "truth": truth}
+        return remote.open_remote(address, true_flow, ground, cache, cache_gb, **options)
     with naming(path, "cannot be opened", "give a folder that you may read"):
         if not path.is_dir():
             found = "is a file" if path.exists() else "no such folder"
@@ -204,8 +210,10 @@ def open_dataset(
     # read when a pair is asked for, so a split of a thousand logs opens in half a second.
     if logs:
         refuse_cloud_options(path, "Argoverse 2's", *cloud_options)
-        pairs = Argoverse2Pairs(logs, true_flow, ground, pairs_per_log, sweeps_per_log)
+        pairs = Argoverse2Pairs(logs, true_flow, ground, pairs_per_log, sweeps_per_log, truth)
     else:
+        if truth != "av2":
+            raise DataError(f"{path}: truth {truth!r} is for Argoverse 2's boxes; leave it out")
         if is_waymo(path):
             reader = _import_reader("waymo", f"{path}: a Waymo split")
         elif is_hdf5(path):
@@ -378,9 +386,10 @@ class Argoverse2Pairs(Pairs):
         ground: str = "auto",
         pairs_per_log: int | None = None,
         sweeps_per_log: int | None = None,
+        truth: str = "av2",
     ):
         super().__init__()
-        self.true_flow, self.ground = true_flow, ground
+        self.true_flow, self.ground, self.truth = true_flow, ground, truth
         self._folders = {log_id_of(log): log for log in logs}
         for log in logs:
             try:
@@ -411,7 +420,7 @@ class Argoverse2Pairs(Pairs):
         """Poses, ground and boxes of a log, read from its files."""
         folder = self._folders[log_id]
         with naming(folder, "the log cannot be read", "download it again or remove it"):
-            return _read_log(folder, self.true_flow, self.ground)
+            return _read_log(folder, self.truth if self.true_flow else None, self.ground)
 
     def read(self, key: PairKey) -> SweepPair:
         folder, log = self._folders[key.log_id], self.log(key.log_id)
@@ -433,7 +442,8 @@ class Argoverse2Pairs(Pairs):
         truth = {}
         if log.boxes is not None:
             boxes0, boxes1 = (log.boxes.get(stamp, []) for stamp in key[1:])
-            values = true_residual_flow(points[0], boxes0, boxes1, ego1_SE3_ego0)
+            flow_of = grown_flow if self.truth == "grown" else true_residual_flow
+            values = flow_of(points[0], boxes0, boxes1, ego1_SE3_ego0)
             truth = dict(zip(TRUTH_FIELDS, values, strict=True))
             if not boxes0:
                 self.note(f"{folder}: sweeps without boxes: all their points count as background")
@@ -555,41 +565,94 @@ def true_residual_flow(
     flow = np.zeros((len(points), 3))
     category = np.zeros(len(points), dtype=np.uint8)
     is_valid = np.isfinite(points[:, 0] + points[:, 1] + points[:, 2])
-    ego1_SE3_box1 = {box.track: box.ego_SE3_box for box in boxes1}
+    moved_SE3_ego0s = _motions_of_boxes(boxes0, boxes1, ego1_SE3_ego0)
 
-    # With the points sorted by x once, each box tests a short slice instead of the whole sweep.
-    by_x = np.argsort(points[:, 0])
-    sorted_x = points[by_x, 0]
-    for box in boxes0:
-        rows = _rows_in_box(box, points, by_x, sorted_x)
+    sweep = _SortedPoints(points)
+    for box, moved_SE3_ego0 in zip(boxes0, moved_SE3_ego0s, strict=True):
+        # Length and width grow by 0.2 m in total: points on a car's skin belong to the car.
+        rows = sweep.rows_in(box, (0.2, 0.2, 0.0))
         category[rows] = box.category
-        is_valid[rows] = box.track in ego1_SE3_box1
+        is_valid[rows] = moved_SE3_ego0 is not None
         flow[rows] = 0.0
-        if box.track in ego1_SE3_box1:
-            # The box carries its points along: from ego 0 into the box as it is at time 0, out of
-            # the box as it is at time 1, and back to ego 0. The last step removes the ego-motion.
-            ego0_SE3_box1 = inverse(ego1_SE3_ego0) @ ego1_SE3_box1[box.track]
-            moved_SE3_ego0 = ego0_SE3_box1 @ inverse(box.ego_SE3_box)
+        if moved_SE3_ego0 is not None:
             flow[rows] = transform(moved_SE3_ego0, points[rows]) - points[rows]
     is_dynamic = np.linalg.norm(flow, axis=1) >= DYNAMIC_THRESHOLD_M
     return flow.astype(np.float32), category, is_dynamic, is_valid
 
 
-def _rows_in_box(
-    box: Box, points: np.ndarray, by_x: np.ndarray, sorted_x: np.ndarray
-) -> np.ndarray:
-    """Indices of the points inside a box; by_x: the order of the points by x, sorted_x: their x."""
-    # Length and width grow by 0.2 m in total, as in av2: points on a car's skin belong to the car.
-    half = (box.size + (0.2, 0.2, 0.0)) / 2
-    # Candidates lie within half a diagonal of the center, in x and in y.
-    center_x, center_y = box.ego_SE3_box[:2, 3]
-    reach = np.linalg.norm(half)
-    first, last = np.searchsorted(sorted_x, (center_x - reach, center_x + reach))
-    near = by_x[first:last]
-    near = near[np.abs(points[near, 1] - center_y) <= reach]
-    # In the box's own frame, where its sides are parallel to the axes, the test is exact.
-    points_box = transform(inverse(box.ego_SE3_box), points[near])
-    return near[(np.abs(points_box) <= half).all(axis=1)]
+def grown_flow(
+    points: np.ndarray, boxes0: list[Box], boxes1: list[Box], ego1_SE3_ego0: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """`true_residual_flow` with boxes that grow with speed, as in many papers since 2025.
+
+    In 0.1 s a fast car leaves the box of one moment, so its ends would count as background. This
+    follows the code that these papers use (OpenSceneFlow, March 2025), whose rule is not quite the
+    one that is described: see the comment on `displacement`. Its boxes without points count, too.
+    """
+    flow = np.zeros((len(points), 3))
+    category = np.zeros(len(points), dtype=np.uint8)
+    is_valid = np.isfinite(points).all(axis=1)
+    moved_SE3_ego0s = _motions_of_boxes(boxes0, boxes1, ego1_SE3_ego0)
+
+    sweep = _SortedPoints(points)
+    for box, moved_SE3_ego0 in zip(boxes0, moved_SE3_ego0s, strict=True):
+        rows = sweep.rows_in(box)
+        if moved_SE3_ego0 is None:
+            is_valid[rows] = False
+            continue
+        # The description says "mean displacement". The code takes the norm over the *points*, for
+        # x, y, and z each, and then the mean of the three: it grows with the root of the number of
+        # points. A parked car of 400 points whose box trembles by 6 mm is over the threshold.
+        motion = transform(moved_SE3_ego0, points[rows]) - points[rows]
+        displacement = np.linalg.norm(motion, axis=0).mean()
+        if displacement > 0.04:
+            rows = sweep.rows_in(box, (0.2 + min(displacement / 2, 2.0), 0.2, 0.2))
+        category[rows] = box.category
+        flow[rows] = transform(moved_SE3_ego0, points[rows]) - points[rows]
+    is_dynamic = np.linalg.norm(flow, axis=1) >= DYNAMIC_THRESHOLD_M
+    return flow.astype(np.float32), category, is_dynamic, is_valid
+
+
+def _motions_of_boxes(
+    boxes0: list[Box], boxes1: list[Box], ego1_SE3_ego0: np.ndarray
+) -> list[np.ndarray | None]:
+    """For each box of sweep 0 the transform (4, 4), in ego frame 0, that moves its points.
+
+    None if the object is gone in sweep 1.
+    """
+    ego1_SE3_box1 = {box.track: box.ego_SE3_box for box in boxes1}
+    moved_SE3_ego0s: list[np.ndarray | None] = []
+    for box in boxes0:
+        moved_SE3_ego0 = None
+        if box.track in ego1_SE3_box1:
+            # The box carries its points along: from ego 0 into the box as it is at time 0, out of
+            # the box as it is at time 1, and back to ego 0. The last step removes the ego-motion.
+            ego0_SE3_box1 = inverse(ego1_SE3_ego0) @ ego1_SE3_box1[box.track]
+            moved_SE3_ego0 = ego0_SE3_box1 @ inverse(box.ego_SE3_box)
+        moved_SE3_ego0s.append(moved_SE3_ego0)
+    return moved_SE3_ego0s
+
+
+class _SortedPoints:
+    """The points of a sweep by x, so that each box tests a short slice instead of all of them."""
+
+    def __init__(self, points: np.ndarray):
+        self.points = points  # (N, 3)
+        self.by_x = np.argsort(points[:, 0])  # NaN comes last
+        self.sorted_x = points[self.by_x, 0]
+
+    def rows_in(self, box: Box, growth: tuple[float, float, float] = (0, 0, 0)) -> np.ndarray:
+        """Indices of the points in a box; growth: meters added to length, width, height."""
+        half = (box.size + growth) / 2
+        # Candidates lie within half a diagonal of the center, in x and in y.
+        center_x, center_y = box.ego_SE3_box[:2, 3]
+        reach = np.linalg.norm(half)
+        first, last = np.searchsorted(self.sorted_x, (center_x - reach, center_x + reach))
+        near = self.by_x[first:last]
+        near = near[np.abs(self.points[near, 1] - center_y) <= reach]
+        # In the box's own frame, where its sides are parallel to the axes, the test is exact.
+        points_box = transform(inverse(box.ego_SE3_box), self.points[near])
+        return near[(np.abs(points_box) <= half).all(axis=1)]
 
 
 # --- Ego-motion -----------------------------------------------------------------------------------
@@ -696,13 +759,14 @@ class Log:
 
 
 @functools.lru_cache(maxsize=8)  # consecutive pairs share their log
-def _read_log(folder: Path, true_flow: bool, ground: str) -> Log:
+def _read_log(folder: Path, truth: str | None, ground: str) -> Log:
     pose_file = folder / "city_SE3_egovehicle.feather"
     table = read_feather(pose_file, ["timestamp_ns", *POSE_COLUMNS])
     stamps = table["timestamp_ns"].to_pylist()
     poses = dict(zip(stamps, read_numbers(pose_file, table, POSE_COLUMNS), strict=True))
     annotation_file = folder / "annotations.feather"  # the test split has none
-    boxes = _read_boxes(annotation_file) if true_flow and annotation_file.exists() else None
+    has_boxes = truth is not None and annotation_file.exists()
+    boxes = _read_boxes(annotation_file, truth) if has_boxes else None
     lidar_file = folder / "calibration" / "egovehicle_SE3_sensor.feather"
     lidar = _read_lidar(lidar_file) if lidar_file.exists() else None
     return Log(pose_file, poses, _read_ground(folder / "map", ground), boxes, lidar)
@@ -760,7 +824,7 @@ def _read_ground_raster(folder: Path) -> GroundRaster:
         return GroundRaster(height, rotation, translation, scale)
 
 
-def _read_boxes(file: Path) -> dict[int, list[Box]]:
+def _read_boxes(file: Path, truth: str) -> dict[int, list[Box]]:
     """All boxes of a log by time stamp, in file order."""
     size_columns = ("length_m", "width_m", "height_m")
     names = ["timestamp_ns", "track_uuid", "category", "num_interior_pts"]
@@ -778,11 +842,17 @@ def _read_boxes(file: Path) -> dict[int, list[Box]]:
     # Times in another unit, or of another log, would leave every sweep without a box.
     files = set(os.listdir(file.parent / "sensors" / "lidar"))
     has_sweep = any(f"{stamp}.feather" in files for stamp in stamps)
-    return boxes_by_stamp(file, stamps, has_sweep, counts, columns)
+    least_points = 0 if truth == "grown" else 1
+    return boxes_by_stamp(file, stamps, has_sweep, counts, columns, least_points)
 
 
 def boxes_by_stamp(
-    file: Path, stamps: list[int], has_sweep: bool, counts: np.ndarray, columns: tuple
+    file: Path,
+    stamps: list[int],
+    has_sweep: bool,
+    counts: np.ndarray,
+    columns: tuple,
+    least_points: int = 1,
 ) -> dict[int, list[Box]]:
     """The boxes of a file by time stamp, in file order; columns: one for each field of a Box.
 
@@ -793,7 +863,7 @@ def boxes_by_stamp(
     # is not documented, but with it our labels equal the av2 package's to the last point.
     boxes: dict[int, list[Box]] = {}
     tracks, categories, sizes, ego_SE3_boxes = columns
-    for i in np.flatnonzero(counts >= 1).tolist():
+    for i in np.flatnonzero(counts >= least_points).tolist():
         box = Box(tracks[i], categories[i], sizes[i], ego_SE3_boxes[i])
         boxes.setdefault(stamps[i], []).append(box)
 

@@ -151,12 +151,13 @@ def open_remote(
     ground: str,
     cache: str | None,
     cache_gb: float | None,
-    **counts: int,
+    **options: object,
 ) -> RemotePairs:
     """The pairs of a split, or of one log, at an address s3://bucket/...; see `data.open_dataset`.
 
     cache: folder for what is fetched; None: in the user's cache folder. cache_gb: delete the logs
-    that have not been used for the longest time beyond this size; None: keep all.
+    that have not been used for the longest time beyond this size; None: keep all. options: the
+    other arguments of `data.Argoverse2Pairs`.
     """
     bucket_name, _, prefix = address.removeprefix("s3://").strip("/").partition("/")
     if not bucket_name or not prefix:
@@ -168,7 +169,7 @@ def open_remote(
     root = base if cache else base / "zeroflow" / "bucket"
     store = Cache(root, Bucket(bucket_name), cache_gb)
     listing = store.listing(prefix)
-    return RemotePairs(store, listing, true_flow, ground, **counts)
+    return RemotePairs(store, listing, true_flow, ground, **options)
 
 
 class Cache:
@@ -269,13 +270,13 @@ class Cache:
 class RemotePairs(data.Argoverse2Pairs):
     """Pairs of logs in a bucket. Before a pair is read, its files are fetched into the cache."""
 
-    def __init__(self, cache: Cache, listing: dict[str, dict[str, int]], *options, **counts):
+    def __init__(self, cache: Cache, listing: dict[str, dict[str, int]], *options, **others):
         self.cache = cache
         self._sizes = {cache.folder / log: files for log, files in listing.items()}
         self._logs = {data.log_id_of(cache.folder / log): log for log in listing}
         self._next_eviction = 0.0  # by the clock of this process
         self._last: PairKey | None = None  # the pair that was read last
-        super().__init__(list(self._sizes), *options, **counts)
+        super().__init__(list(self._sizes), *options, **others)
         self.notes.append(f"files are fetched when needed, and kept in {cache.folder}")
 
     def _names(self, lidar: Path) -> list[str]:

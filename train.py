@@ -336,12 +336,12 @@ def units(device: str) -> str:
     return f"errors in meters, times of one CPU thread{student}"
 
 
-def open_and_report(path: str, options, true_flow: bool = True) -> data.Pairs:
+def open_and_report(path: str, options, true_flow: bool = True, truth: str = "av2") -> data.Pairs:
     """Open a data set as `options` ask for: anything that has the attributes named here."""
     names = ("ground", "pairs_per_log", "sweeps_per_log", "poses", "rate_hz", "columns")
     names += ("min_range_m", "cache", "cache_gb")
     chosen = {name: getattr(options, name) for name in names}
-    dataset = data.open_dataset(path, true_flow, **chosen)
+    dataset = data.open_dataset(path, true_flow, **chosen, truth=truth)
 
     # What was assumed about the data, and what does not form a pair.
     for line in (*dataset.notes, *dataset.skipped):

@@ -392,6 +392,19 @@ def test_labels_that_cover_some_pairs_are_evaluated_on_those_and_it_is_said(
     assert f"{expected['grid_three_way']:.4f}" in printed
 
 
+def test_evaluate_with_boxes_that_grow_with_speed(tmp_path, street_folder, capsys):
+    numbers = {}
+    for truth in data.TRUTHS:
+        file = tmp_path / f"{truth}.json"
+        command = ["evaluate", "--data", str(street_folder), "--baseline", "no-motion"]
+        assert commands.main([*command, "--truth", truth, "--json", str(file)]) == 0
+        assert ("boxes grow with speed" in capsys.readouterr().out) == (truth == "grown")
+        numbers[truth] = json.loads(file.read_text())
+        assert numbers[truth]["truth"] == truth
+    # Without motion, the error is the mean length of the true flow: of more points, it is larger.
+    assert numbers["grown"]["epe"] > numbers["av2"]["epe"] > 0
+
+
 def test_check_counts_names_what_is_broken_and_says_whether_it_can_be_used(
     tmp_path, street_folder, broken_folder, street, capsys, monkeypatch
 ):

@@ -54,7 +54,7 @@ def test_ground_of_a_real_pair_by_both_rules(av2_folder, av2_pair, av2_labels):
     assert (~av2_pair.is_ground1).sum() == 80_696
     assert (~av2_pair.is_ground0 & data.is_in_grid(av2_pair.pc0)).sum() == 60_769
     assert (~av2_pair.is_ground1 & data.is_in_grid(av2_pair.pc1)).sum() == 60_865
-    log = data._read_log(av2_folder / av2_pair.log_id, False, "raster")
+    log = data._read_log(av2_folder / av2_pair.log_id, None, "raster")
     city_SE3_ego0 = log.city_SE3_ego(av2_pair.timestamp0_ns)
     points_city = data.transform(city_SE3_ego0, av2_pair.pc0.double().numpy())
     by_av2s_rule = log.ground.is_ground(points_city, threshold_m=0.30, snap=np.trunc)
@@ -223,6 +223,66 @@ def test_a_box_without_points_in_either_sweep_is_dropped(tmp_path):
         (pair,) = data.open_dataset(folder)
         assert (pair.category.item(), pair.is_valid.item()) == (category, is_valid)
         assert pair.flow[0, 0].item() == (1.0 if interior == (5, 5) else 0.0)
+        # The other truth keeps such boxes.
+        (pair,) = data.open_dataset(folder, truth="grown")
+        assert (pair.category.item(), pair.is_valid.item()) == (19, True)
+
+
+def test_boxes_that_grow_with_speed_by_hand(street_folder, tmp_path):
+    """A box of 4 x 2 x 1.5 m, 10 m ahead, that moves by 1 m along y; and what is around it."""
+
+    def box(x, y, track="car"):
+        return data.Box(track, 19, np.array([4.0, 2.0, 1.5]), rigid(0, (x, y, 0.0)))
+
+    # Two points in the box: the norm over points is (0, sqrt(2), 0), its mean sqrt(2) / 3 = 0.471.
+    # So the box is 4 + 0.2 + 0.236 m long, 2.2 m wide and 1.7 m high: its half sizes are 2.218, 1.1
+    # and 0.85.
+    inside = [[10.0, 0, 0], [11.9, 0.9, 0.7]]
+    grown = [[12.21, 0, 0], [10.0, 1.09, 0], [10.0, 0, -0.84]]
+    outside = [[12.23, 0, 0], [10.0, 1.11, 0], [10.0, 0, 0.86], [np.nan, 0, 0]]
+    points = np.array(inside + grown + outside)
+    flow, category, is_dynamic, is_valid = data.grown_flow(
+        points, [box(10, 0)], [box(10, 1)], np.eye(4)
+    )
+    assert category.tolist() == [19] * 5 + [0] * 4
+    np.testing.assert_allclose(flow[:5], np.tile([0, 1, 0], (5, 1)), atol=1e-6)
+    assert not flow[5:].any() and is_dynamic.tolist() == [True] * 5 + [False] * 4
+    assert is_valid.tolist() == [True] * 8 + [False]
+
+    # Hardly moving, mean norm sqrt(2) * 0.08 / 3 = 0.0377: as annotated, without even the 0.2 m.
+    _, category, _, _ = data.grown_flow(points, [box(10, 0)], [box(10, 0.08)], np.eye(4))
+    assert category.tolist() == [19, 19] + [0] * 7
+    # More than 4 m: the growth ends at 2 m, half of it at either end.
+    ends = np.array([[10.0, 0, 0], [13.09, 0, 0], [13.11, 0, 0]])
+    _, category, _, _ = data.grown_flow(ends, [box(10, 0)], [box(30, 0)], np.eye(4))
+    assert category.tolist() == [19, 19, 0]
+    # An object that is gone has no flow that could be known, and keeps the class of background.
+    _, category, _, is_valid = data.grown_flow(points, [box(10, 0)], [box(10, 1, "bus")], np.eye(4))
+    assert not category.any() and is_valid.tolist() == [False] * 2 + [True] * 6 + [False]
+
+    # The ego turns and drives, and nothing else moves: no box grows.
+    ego1_SE3_ego0 = np.linalg.inv(rigid(20, (2.0, 1.0, 0.0)))
+    there = box(10, 0)._replace(ego_SE3_box=ego1_SE3_ego0 @ rigid(0, (10, 0, 0)))
+    flow, category, _, _ = data.grown_flow(points, [box(10, 0)], [there], ego1_SE3_ego0)
+    assert category.tolist() == [19, 19] + [0] * 7 and np.abs(flow).max() < 1e-6
+
+
+def test_the_truth_of_a_data_set_can_be_chosen(street_folder, tmp_path):
+    for truth, flow_of in (("av2", data.true_residual_flow), ("grown", data.grown_flow)):
+        dataset = data.open_dataset(street_folder, truth=truth)
+        pair = dataset[0]
+        boxes = dataset.log(pair.log_id).boxes
+        boxes0, boxes1 = boxes[pair.timestamp0_ns], boxes[pair.timestamp1_ns]
+        points = pair.pc0.double().numpy()
+        flow, category, _, _ = flow_of(points, boxes0, boxes1, pair.ego1_SE3_ego0.numpy())
+        np.testing.assert_allclose(pair.flow, flow, atol=1e-6)
+        assert np.array_equal(pair.category, category) and pair.is_dynamic.any()
+
+    with pytest.raises(data.DataError, match="truth 'bigger': choose av2, grown"):
+        data.open_dataset(street_folder, truth="bigger")
+    np.save(tmp_path / "0.npy", points)
+    with pytest.raises(data.DataError, match="truth 'grown' is for Argoverse 2's boxes"):
+        data.open_dataset(tmp_path, truth="grown")
 
 
 def test_where_the_lidar_stood_in_sweep_1_is_read_from_the_calibration(street_folder, tmp_path):
@@ -321,7 +381,7 @@ def test_a_map_of_lines_is_closed_around_areas_and_has_both_sides_of_lanes(
         "right_lane_boundary": points((10, 20, 9), (20, 20, 9)),
     }
     file.write_text(json.dumps({"drivable_areas": {"1": area}, "lane_segments": {"2": lane}}))
-    ground = data._read_log(log, False, "vector").ground
+    ground = data._read_log(log, None, "vector").ground
     heights = ground.ground_z(
         np.array([[0.0, 15.25], [15.25, 10], [15.25, 20]])
     )  # all within 0.3 m of their line
