@@ -273,6 +273,7 @@ def _label(arguments: argparse.Namespace) -> int:
         device=device,
         shard=shard,
         max_broken=arguments.max_broken,
+        whole=arguments.whole,
     )
     for key, reason in count.failed:
         print(f"no label for {tuple(key)}: {reason}", file=sys.stderr)
@@ -296,7 +297,7 @@ def _status(arguments: argparse.Namespace) -> int:
     if arguments.shards < 1:
         raise DataError(f"--shards {arguments.shards}: give the number of shards, 1 or more")
     dataset = train.open_and_report(arguments.data, arguments, true_flow=False)
-    status = labels.label_status(dataset, arguments.labels, arguments.sample)
+    status = labels.label_status(dataset, arguments.labels, arguments.sample, arguments.whole)
     for state in ("failed", "torn", "foreign"):
         for key, reason in status.states[state].items():
             print(f"{state}: {tuple(key)}: {reason}")
@@ -315,7 +316,9 @@ def _status(arguments: argparse.Namespace) -> int:
     if not status.is_published and to_make:
         shards = {labels.shard_of(key, arguments.shards) for key in to_make}
         again = [f"{i}/{arguments.shards}" for i in sorted(shards)]
-        print("run again:", " ".join(f"--shard {shard}" for shard in again))
+        # Without --whole, a label that is damaged in the middle would count as made.
+        whole = ", each with --whole" if arguments.whole and status.states["torn"] else ""
+        print("run again:", " ".join(f"--shard {shard}" for shard in again) + whole)
     if status.seconds:
         mean_s = float(np.mean(status.seconds))
         hours = len(to_make) * mean_s / 3600
@@ -502,7 +505,8 @@ def _chosen_method(arguments: argparse.Namespace) -> Method:
 
 def _label_method(folder: str, dataset: data.Pairs) -> tuple:
     label_folder = labels.open_labels(folder, dataset)
-    part = _covered_by(folder, dataset, label_folder.pair_keys)
+    labeled = [dataset.pair_keys[i] for i in label_folder.indices]
+    part = _covered_by(folder, dataset, labeled)
     return part, label_folder.half_extent_m, labels.from_labels(label_folder)
 
 
@@ -994,6 +998,8 @@ def _add_label(commands, argv: Sequence[str]) -> None:
     _option(sub, "--device", "cpu or cuda", default=train.default_device())
     _option(sub, "--shard", "label part I of 0 ... N-1 (default: torchrun's rank, else the task "
             "of a SLURM array, else everything)", metavar="I/N")
+    _option(sub, "--whole", "also read the labels that are there completely, and make damaged ones "
+            "again (default: read their ends)", action="store_true")
     _add_max_broken(sub, "the pairs")
 
     # ... and how: every setting of the teacher.
@@ -1012,6 +1018,8 @@ def _add_status(commands) -> None:
             type=int, default=1, metavar="N")
     _option(sub, "--sample", "number of labels to compare with their sweeps, or `all`",
             type=_number_or_all, default=20, metavar="N")
+    _option(sub, "--whole", "read all labels completely, which finds every flipped bit (default: "
+            "read their ends)", action="store_true")
     _option(sub, "--json", "write counts, shards to run again and hours left to this file",
             metavar="FILE")
 

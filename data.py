@@ -29,7 +29,8 @@ import json
 import os
 import sys
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from array import array
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -104,6 +105,38 @@ class PairKey(NamedTuple):
     @property
     def seconds(self) -> float:
         return (self.timestamp1_ns - self.timestamp0_ns) / 1e9
+
+
+class PairKeys(Sequence[PairKey]):
+    """The keys of many pairs. In arrays, because six million tuples would take a gigabyte."""
+
+    def __init__(self, keys: Iterable[PairKey] = ()):
+        self._log_ids: dict[str, int] = {}  # each log's id -> its number, 0, 1, ...
+        self._log_id_of: list[str] = []  # by number
+        self._logs, self._stamps0, self._stamps1 = array("l"), array("q"), array("q")
+        self.extend(keys)
+
+    def extend(self, keys: Iterable[PairKey]) -> None:
+        """Add keys at the end."""
+        for log_id, timestamp0_ns, timestamp1_ns in keys:
+            number = self._log_ids.setdefault(log_id, len(self._log_ids))
+            if number == len(self._log_id_of):
+                self._log_id_of.append(log_id)
+            self._logs.append(number)
+            self._stamps0.append(timestamp0_ns)
+            self._stamps1.append(timestamp1_ns)
+
+    def __len__(self) -> int:
+        return len(self._logs)
+
+    def __getitem__(self, index: int | slice) -> PairKey | PairKeys:
+        if isinstance(index, slice):
+            return PairKeys(self[i] for i in range(*index.indices(len(self))))
+        log_id = self._log_id_of[self._logs[index]]
+        return PairKey(log_id, self._stamps0[index], self._stamps1[index])
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
 
 
 @dataclass(frozen=True)
@@ -293,12 +326,12 @@ class Pairs(torch.utils.data.Dataset):
     """Pairs of consecutive sweeps, ordered by log and time. Every reader is a subclass."""
 
     def __init__(self):
-        self.pair_keys: list[PairKey] = []
+        self.pair_keys = PairKeys()
         # One line with the reason per file that is not a sweep, and per two that form no pair.
         self.skipped: list[str] = []
         self.notes: list[str] = []  # what a user should know
         # log id -> the times (ns) of all its sweeps, sorted, whether they form pairs or not
-        self.stamps: dict[str, list[int]] = {}
+        self.stamps: dict[str, array[int]] = {}
 
     def __len__(self) -> int:
         return len(self.pair_keys)
@@ -320,13 +353,18 @@ class Pairs(torch.utils.data.Dataset):
         self,
         path: Path,
         log_id: str,
-        stamps: Iterable[int],
+        stamps: Collection[int],
         pairs_per_log: int | None,
         sweeps_per_log: int | None,
         max_gap_ns: int = MAX_GAP_NS,
     ) -> None:
         """Add the pairs of one log, from the times (ns) of its sweeps; path: for messages."""
-        self.stamps[log_id] = sorted(stamps)
+        # A number of more than 63 bits is no time: it would be some 300 years from now.
+        times = [stamp for stamp in stamps if stamp < 2**63]
+        if len(times) < len(stamps):
+            found = f"{len(stamps) - len(times)} sweeps are named by numbers of over 63 bits"
+            self.skipped.append(f"{path}: {found}, which are no times in ns; rename them")
+        self.stamps[log_id] = array("q", sorted(times))
         # Two sweeps with a missing one between them do not form a pair: objects move too far.
         keys, used = {}, self.stamps[log_id][:sweeps_per_log]  # index of sweep 0 -> pair
         for index, (stamp0, stamp1) in enumerate(itertools.pairwise(used)):
@@ -341,7 +379,7 @@ class Pairs(torch.utils.data.Dataset):
         else:
             every = list(keys)
             drawn = [every[i] for i in evenly_spread(len(every), pairs_per_log)]
-        self.pair_keys += [keys[index] for index in drawn]
+        self.pair_keys.extend(keys[index] for index in drawn)
 
 
 PAPER_DRAWS = (12, 24)  # pairs of a log of the LiDAR data set: the paper's 3x, and its 5x
@@ -372,7 +410,7 @@ def subset(dataset: Pairs, pair_keys: Sequence[PairKey]) -> Pairs:
     """A copy of the data set that has only these pairs, in the order given."""
     # Shallow: the copy shares the logs with the original, which keeps its own list of pairs.
     part = copy.copy(dataset)
-    part.pair_keys = list(pair_keys)
+    part.pair_keys = PairKeys(pair_keys)
     return part
 
 

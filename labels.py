@@ -36,7 +36,8 @@ import re
 import signal
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -160,6 +161,37 @@ def _read_unspoiled(path: Path) -> bytes:
     return content
 
 
+def _read_end(path: Path, key: PairKey) -> dict:
+    """The metadata of a label, without its rows: a fiftieth of the time that the whole takes.
+
+    Raises DataError if the file has no end, as a copy that stopped half-way, or is another pair's.
+    """
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _END_BYTES))
+            end = file.read()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); {_LABEL_AGAIN}") from error
+    if not end.endswith(b"ARROW1"):
+        raise DataError(f"{path}: not a whole Feather file; {_LABEL_AGAIN}")
+    # The last bytes of a Feather file repeat its schema, and with it the metadata, as text.
+    stored = re.search(rb'\{"log_id": [^\0]*"checksum": "[0-9a-f]{64}"\}', end)
+    try:
+        about = json.loads(stored[0])
+        found = PairKey(*(about[name] for name in PairKey._fields))
+        seconds, of_settings = float(about["seconds"]), str(about["settings_hash"])
+    except (TypeError, KeyError, ValueError, RecursionError) as error:
+        what = f"not a label of this project ({error!r}; an older version wrote no checksum)"
+        raise DataError(f"{path}: {what}; {_LABEL_AGAIN}") from error
+    if found != key:
+        what = f"is the label of {tuple(found)}, not of {tuple(key)}"
+        raise DataError(f"{path}: {what}; {_LABEL_AGAIN}")
+    return {"seconds": seconds, "settings_hash": of_settings}
+
+
+_END_BYTES = 16_384  # the metadata and the schema take about 2 kB
+
+
 def _flow_columns(
     file: Path, table: pyarrow.Table, mask: str, remedy: str
 ) -> tuple[Tensor, Tensor]:
@@ -192,7 +224,7 @@ class ForeignLabel(DataError):
 class LabelFolder(NamedTuple):
     """The labels of a data set: which pairs have one, and how to read it."""
 
-    pair_keys: list[PairKey]
+    indices: Sequence[int]  # which of the data set's pairs have a label, in ascending order
     read: Callable[[SweepPair], Label]  # raises DataError, or ForeignLabel, naming the file
     half_extent_m: tuple[float, ...]  # of the grid that the labels cover
     teacher: str  # hash of the teacher's settings and the grid, or "published"
@@ -204,7 +236,7 @@ def open_labels(folder: str | Path, dataset: data.Pairs) -> LabelFolder:
     Raises DataError if it has no label for any pair of the data set.
     """
     label_folder = _open_any(Path(folder), dataset)
-    if not label_folder.pair_keys:
+    if not label_folder.indices:
         remedy = "run `python zeroflow.py label`, or restore settings.json if that file is lost"
         raise DataError(f"{folder}: has no label for any of {len(dataset)} pairs; {remedy}")
     return label_folder
@@ -216,11 +248,16 @@ def _open_any(folder: Path, dataset: data.Pairs) -> LabelFolder:
     if not (folder / "settings.json").exists():
         files = _published_files(folder, dataset)
         read = functools.partial(_read_published, files)
-        return LabelFolder(list(files), read, data.GRID_HALF_EXTENT_M, "published")
+        labeled = array("l", (i for i, key in enumerate(dataset.pair_keys) if key in files))
+        return LabelFolder(labeled, read, data.GRID_HALF_EXTENT_M, "published")
     settings = folder_settings(folder)
     teacher = settings_hash(settings)
-    # A label is only looked for here. Reading all of them would take minutes for a large data set.
-    labeled = [key for key in dataset.pair_keys if label_path(folder, key).exists()]
+    # A label is only looked for here. Reading all of them would take hours for a large data set.
+    names_of = _listing(folder)
+    labeled = array("l")
+    for i, key in enumerate(dataset.pair_keys):
+        if label_path(folder, key).name in names_of(key.log_id):
+            labeled.append(i)
     read = functools.partial(_read_own, folder, teacher)
     return LabelFolder(labeled, read, tuple(settings["half_extent_m"]), teacher)
 
@@ -240,6 +277,19 @@ def _read_own(folder: Path, teacher: str, pair: SweepPair) -> Label:
         remedy = "if the data has changed, delete the label; if not, choose another folder"
         raise ForeignLabel(f"{path}: {what}; {remedy}")
     return label
+
+
+def _listing(folder: str | Path) -> Callable[[str], set[str]]:
+    """A function: id of a log -> names of the files in its folder, which is listed only once."""
+
+    @functools.lru_cache(maxsize=2)  # pairs come log by log
+    def names_of(log_id: str) -> set[str]:
+        try:
+            return set(os.listdir(Path(folder) / log_id))
+        except (FileNotFoundError, NotADirectoryError):
+            return set()
+
+    return names_of
 
 
 def folder_settings(folder: str | Path) -> dict:
@@ -388,25 +438,29 @@ class LabelStatus(NamedTuple):
     is_published: bool
 
 
-def label_status(dataset: data.Pairs, folder: str | Path, sample: int | None = 20) -> LabelStatus:
+def label_status(
+    dataset: data.Pairs, folder: str | Path, sample: int | None = 20, whole: bool = False
+) -> LabelStatus:
     """The state of every pair's label.
 
     sample: how many labels, evenly spread, are also compared with their sweeps (None: all), which
     takes longer. Published labels cannot be read without their sweeps: the others count as made.
+    whole: read all labels completely, see `label_state`.
     Raises DataError if the folder is not a folder of labels.
     """
     label_folder = _open_any(Path(folder), dataset)
     is_published = label_folder.teacher == "published"
-    if is_published and not label_folder.pair_keys:
+    if is_published and not label_folder.indices:
         remedy = "make it with `python zeroflow.py label`"
         raise DataError(f"{folder}: is not a folder of labels for this data; {remedy}")
 
-    # Every label is read and checked by itself, where that is possible.
+    # Every label is checked by itself, where that is possible.
     found = dict.fromkeys(dataset.pair_keys, ("missing", "", math.nan))
     if is_published:
-        found |= dict.fromkeys(label_folder.pair_keys, ("made", "", math.nan))
+        labeled = (dataset.pair_keys[i] for i in label_folder.indices)
+        found |= dict.fromkeys(labeled, ("made", "", math.nan))
     else:
-        found |= _label_states(folder, dataset.pair_keys, label_folder.teacher)
+        found |= _label_states(folder, dataset.pair_keys, label_folder.teacher, whole)
 
     # A sample is read with its sweep, which also tells whether the rows fit.
     made = [key for key, (state, _, _) in found.items() if state == "made"]
@@ -430,31 +484,43 @@ def label_status(dataset: data.Pairs, folder: str | Path, sample: int | None = 2
     return LabelStatus(states, seconds, is_published)
 
 
-def _label_states(folder: str | Path, keys: Sequence[PairKey], wanted: str) -> dict:
+def _label_states(
+    folder: str | Path, keys: Sequence[PairKey], wanted: str, whole: bool = False
+) -> dict:
     """Pair -> its `label_state`."""
     keys = tqdm(keys, desc="check", unit="label", disable=len(keys) < 1000)
-    return {key: label_state(folder, key, wanted) for key in keys}
+    names_of = _listing(folder)
+    return {key: label_state(folder, key, wanted, names_of(key.log_id), whole) for key in keys}
 
 
-def label_state(folder: str | Path, key: PairKey, wanted: str) -> tuple[str, str, float]:
+def label_state(
+    folder: str | Path, key: PairKey, wanted: str, names: Collection[str], whole: bool = False
+) -> tuple[str, str, float]:
     """The state of one label (see `LabelStatus`), what is wrong, and the teacher's seconds or NaN.
 
-    wanted: hash of the folder's settings. The label is not compared with its sweep.
+    wanted: hash of the folder's settings. names: of the files in the folder of the pair's log.
+    whole: read the label completely, and not only its end. Then no flipped bit goes unnoticed.
+    The label is not compared with its sweep.
     """
-    # A label is made if it can be read, not if a file of its name exists.
+    # A label is made if it is whole and the pair's own, not if a file of its name exists.
     state, reason = "missing", ""
-    if label_path(folder, key).exists():
+    path = label_path(folder, key)
+    if path.name in names:
         try:
-            label = read_label(folder, key)
+            if whole:
+                read_label(folder, key)
+            about = _read_end(path, key)
         except DataError as error:
             state, reason = "torn", str(error)
         else:
-            if settings_hash(label.settings) == wanted:
-                return "made", "", label.seconds
-            return "foreign", f"{label_path(folder, key)}: {_FOREIGN}", math.nan
+            if about["settings_hash"] == wanted:
+                return "made", "", about["seconds"]
+            return "foreign", f"{path}: {_FOREIGN}", math.nan
 
     # Has the last run left a note? Another one may label the pair right now, and remove the note.
     note = _failure_path(folder, key)
+    if note.name not in names:
+        return state, reason, math.nan
     with contextlib.suppress(FileNotFoundError):
         try:
             state, reason = "failed", str(json.loads(note.read_text(encoding="utf-8"))["reason"])
@@ -497,10 +563,13 @@ def label_dataset(
     device: str = "cpu",
     shard: tuple[int, int] = (0, 1),
     max_broken: float = 0.05,
+    whole: bool = False,
 ) -> LabelCount:
     """Make those labels of shard i of n that are missing or torn.
 
     workers: processes of one thread each (None: one per core, at most 8 for a GPU); 1 starts none.
+    whole: also read the labels that are there completely, and make those again that are damaged in
+    the middle; otherwise only their ends are read, which is fifty times faster.
 
     A pair fails if it cannot be read or fitted, if there is too little memory for it, or if its
     process dies; the next run tries again. Of the labels that are there already, COMPARED, evenly
@@ -511,23 +580,26 @@ def label_dataset(
     """
     label_settings = zeroflow.label_settings(settings, half_extent_m)
     keys = dataset.pair_keys
-    if len(set(keys)) < len(keys):
-        what = f"{len(keys) - len(set(keys))} of {len(keys)} pairs are in the data set twice"
+    numbers = np.fromiter((_number_of(key) for key in keys), np.uint64, len(keys))
+    distinct = len(np.unique(numbers))
+    if distinct < len(keys):
+        what = f"{len(keys) - distinct} of {len(keys)} pairs are in the data set twice"
         raise DataError(f"{folder}: {what}; was the same folder given twice?")
     claim_folder(folder, label_settings)
 
-    # What is there already? Labels are read and not only looked for, since a file may be torn.
-    mine = [i for i, key in enumerate(keys) if shard_of(key, shard[1]) == shard[0]]
-    found = _label_states(folder, [keys[i] for i in mine], settings_hash(label_settings))
-    missing = []
+    # What is there already? The ends of labels are read, since a file may be torn.
+    mine = np.flatnonzero(numbers % np.uint64(shard[1]) == shard[0]).tolist()
+    teacher = settings_hash(label_settings)
+    found = _label_states(folder, [keys[i] for i in mine], teacher, whole)
+    made = []
     for i in mine:
         state, reason, _ = found[keys[i]]
         if state == "foreign":
             raise DataError(reason)
-        if state != "made":
-            missing.append(i)
-    made = [i for i in mine if found[keys[i]][0] == "made"]
-    _compare_some(dataset, Path(folder), settings_hash(label_settings), made)
+        if state == "made":
+            made.append(i)
+    made = _without_torn(dataset, Path(folder), teacher, made)
+    missing = sorted(set(mine).difference(made))
 
     # On a GPU, several pairs take as long as one. So the unit of work is a chunk of pairs.
     at_once = PAIRS_AT_ONCE[torch.device(device).type]
@@ -556,15 +628,25 @@ def label_dataset(
     return LabelCount(len(missing) - len(failed), len(made), failed, suspicious)
 
 
-def _compare_some(dataset: data.Pairs, folder: Path, teacher: str, made: list[int]) -> None:
-    """Raise DataError if one of a few labels does not belong to its pair's input."""
-    # It is for the user to decide: these may be hours of work, the labels of another drive.
+def _without_torn(dataset: data.Pairs, folder: Path, teacher: str, made: list[int]) -> list[int]:
+    """Read a few of these labels with their pairs; return all but those that turn out torn.
+
+    Raises ForeignLabel if one does not belong to its pair's input. It is for the user to decide
+    then: these may be hours of work, the labels of another drive.
+    """
+    torn = set()
     for position in data.evenly_spread(len(made), COMPARED):
         try:
             pair = dataset[made[position]]
         except (ValueError, OSError, MemoryError):
             continue  # the sweep is broken, not its label
-        _read_own(folder, teacher, pair)
+        try:
+            _read_own(folder, teacher, pair)
+        except ForeignLabel:
+            raise
+        except DataError:
+            torn.add(made[position])
+    return [i for i in made if i not in torn]
 
 
 def claim_folder(folder: str | Path, settings: dict) -> None:
@@ -598,18 +680,32 @@ def claim_folder(folder: str | Path, settings: dict) -> None:
 
 def _remove_leftovers(folder: Path) -> None:
     """Delete the unfinished files of processes that were killed."""
-    for unfinished in folder.rglob(".*.tmp"):
-        # Writing takes less than an hour. Another process may finish or delete the file meanwhile.
-        with contextlib.suppress(OSError):
-            if time.time() - unfinished.stat().st_mtime > 3600:
-                unfinished.unlink()
+    # Names are listed by hand, because `rglob` is slow with millions of labels.
+    if not folder.is_dir():
+        return
+    for place in (folder, *(Path(entry) for entry in os.scandir(folder) if entry.is_dir())):
+        for name in os.listdir(place):
+            if name.startswith(".") and name.endswith(".tmp"):
+                _delete_if_old(place / name)
+
+
+def _delete_if_old(unfinished: Path) -> None:
+    # Writing takes less than an hour. Another process may finish or delete the file meanwhile.
+    with contextlib.suppress(OSError):
+        if time.time() - unfinished.stat().st_mtime > 3600:
+            unfinished.unlink()
 
 
 def shard_of(key: PairKey, shards: int) -> int:
     """The shard of a pair, 0 ... shards - 1: the same on every machine, whatever else is there."""
+    return _number_of(key) % shards
+
+
+def _number_of(key: PairKey) -> int:
+    """A number of 64 bits for the label of a pair, as if drawn at random."""
     # Python's own hash of a text differs from process to process.
     digest = hashlib.sha256(f"{key.log_id}/{key.timestamp0_ns}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") % shards
+    return int.from_bytes(digest[:8], "big")
 
 
 def chosen_shard(

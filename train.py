@@ -34,6 +34,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if not sys.stderr.isatty():
     os.environ.setdefault("TQDM_MININTERVAL", "60")
 
+import bisect
 import contextlib
 import dataclasses
 import datetime
@@ -42,11 +43,12 @@ import hashlib
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -311,8 +313,8 @@ def run(settings: TrainSettings) -> dict[str, dict[str, float]]:
 
 
 def _report_overlap(samples: Samples, test_set: data.Pairs, name: str) -> None:
-    learned = {part.dataset.pair_keys[part.indices[i]] for part, i in samples.rows}
-    count = len(learned.intersection(test_set.pair_keys))
+    tested = set(test_set.pair_keys)
+    count = sum(key in tested for key in samples.keys())
     if count and rank_of()[0] == 0:
         what = f"{count} of its {len(test_set)} pairs are also learned from"
         print(f"--val {name}: {what}; its errors are lower than on new data", file=sys.stderr)
@@ -410,18 +412,23 @@ class LabeledPairs(Dataset):
         self.dataset, self.half_extent_m, self.doubt = dataset, half_extent_m, doubt
         self.keep, self.kept = keep, {}
         self.label_folder = None if folder is None else labels.open_labels(folder, dataset)
-        labeled = set(dataset.pair_keys if folder is None else self.label_folder.pair_keys)
         self.teacher = "true flow" if folder is None else self.label_folder.teacher
-        self.indices = [i for i, key in enumerate(dataset.pair_keys) if key in labeled]
+        self.indices = range(len(dataset)) if folder is None else self.label_folder.indices
 
         # Labeling may have failed for some pairs, or may not be done yet. It goes on without them.
-        missing = [key for key in dataset.pair_keys if key not in labeled]
+        missing = len(dataset) - len(self)
         if missing:
-            what = f"{len(missing)} of {len(dataset)} pairs have no label and are left out"
-            print(f"{folder}: {what}; the first is {tuple(missing[0])}", file=sys.stderr)
+            first = next((i for i, index in enumerate(self.indices) if i < index), len(self))
+            key = tuple(dataset.pair_keys[first])
+            what = f"{missing} of {len(dataset)} pairs have no label and are left out"
+            print(f"{folder}: {what}; the first is {key}", file=sys.stderr)
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def key(self, index: int) -> data.PairKey:
+        """Whose sample it is."""
+        return self.dataset.pair_keys[self.indices[index]]
 
     def __getitem__(self, index: int) -> Sample:
         sample = self.kept.get(index) or self._read(index)
@@ -459,26 +466,44 @@ class Samples(Dataset):
     """
 
     def __init__(self, parts: Sequence[LabeledPairs], fraction: float = 1.0):
-        rows = [(part, i) for part in parts for i in range(len(part))]
+        self.parts = list(parts)
+        self.ends = list(itertools.accumulate(map(len, self.parts)))  # one part after the other
+        count = self.ends[-1]
 
-        # The pairs with the smallest digests are chosen. As a digest depends on nothing but the
-        # pair, a smaller share is part of a larger one, whatever the order of logs.
-        digests = [_digest(part.dataset.pair_keys[part.indices[i]]) for part, i in rows]
-        by_digest = sorted(range(len(rows)), key=digests.__getitem__)
-        chosen = sorted(by_digest[: max(1, round(fraction * len(rows)))])
-        self.rows = [rows[i] for i in chosen]
+        # Arrays, since there may be millions of samples, and every loader worker has its own copy
+        # of all Python objects. chosen: their places among the samples of all parts.
+        self.chosen = np.arange(count)
+        if fraction < 1:
+            # The pairs with the smallest digests are chosen. As a digest depends on nothing but the
+            # pair, a smaller share is part of a larger one, whatever the order of logs.
+            digests = (int(_digest(key)[:16], 16) for key in self.keys())
+            by_digest = np.argsort(np.fromiter(digests, np.uint64, count), kind="stable")
+            self.chosen = np.sort(by_digest[: max(1, round(fraction * count))])
 
         # Not sorted, since the order decides what each step shows.
-        self.hash = _digest([digests[i] for i in chosen] + [part.teacher for part in parts])
+        of_pairs = map(_digest, self.keys())
+        self.hash = _digest_of_list(itertools.chain(of_pairs, (part.teacher for part in parts)))
+
+    def keys(self) -> Iterator[data.PairKey]:
+        """The pair of each sample."""
+        for place in self.chosen.tolist():
+            part, i = self._find(place)
+            yield part.key(i)
+
+    def _find(self, place: int) -> tuple[LabeledPairs, int]:
+        """The part to which a place belongs, and the index there."""
+        number = bisect.bisect_right(self.ends, place)
+        start = self.ends[number - 1] if number else 0
+        return self.parts[number], place - start
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.chosen)
 
     def __getitem__(self, index: int) -> Sample:
         # Single files may be torn. A hundred unreadable pairs in a row have another cause.
         errors = []
         for other in range(index, index + min(len(self), 100)):
-            part, i = self.rows[other % len(self)]
+            part, i = self._find(int(self.chosen[other % len(self)]))
             try:
                 sample = part[i]
             except (DataError, OSError) as error:
@@ -493,6 +518,16 @@ class Samples(Dataset):
 
 def _digest(value) -> str:
     return hashlib.sha256(repr(value).encode()).hexdigest()
+
+
+def _digest_of_list(values: Iterable[str]) -> str:
+    """`_digest` of the list of these texts, without having the list."""
+    digest, before = hashlib.sha256(b"["), ""
+    for value in values:
+        digest.update(f"{before}{value!r}".encode())
+        before = ", "
+    digest.update(b"]")
+    return digest.hexdigest()
 
 
 # --- Batches --------------------------------------------------------------------------------------
@@ -581,7 +616,7 @@ def batch_of(step: int, count: int, settings: TrainSettings) -> list[int]:
     # what it would have seen.
     size = min(settings.batch_size, count)
     epoch, place = divmod(step, steps_per_epoch(count, settings))
-    return _order(settings.seed, epoch, count)[place * size : (place + 1) * size]
+    return _order(settings.seed, epoch, count)[place * size : (place + 1) * size].tolist()
 
 
 def steps_per_epoch(count: int, settings: TrainSettings) -> int:
@@ -590,9 +625,9 @@ def steps_per_epoch(count: int, settings: TrainSettings) -> int:
 
 
 @functools.lru_cache(maxsize=2)
-def _order(seed: int, epoch: int, count: int) -> list[int]:
+def _order(seed: int, epoch: int, count: int) -> Tensor:
     generator = torch.Generator().manual_seed(int(_digest((seed, epoch))[:15], 16))
-    return torch.randperm(count, generator=generator).tolist()
+    return torch.randperm(count, generator=generator)
 
 
 # --- Training -------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@
 These run only if they are named, because they take long or need a GPU:
 
   remote      reading three logs of 21 sweeps from a bucket, served by this machine
+  scale       what 300,000 labeled pairs cost before the first fit or step, about 5 minutes
   departures  `fast` without each of its departures from the published teacher
   nsfp        errors of the two slow teachers, about 25 minutes
   student_xl  `student` for the XL model, about 15 minutes
@@ -27,8 +28,11 @@ times, and run a benchmark twice. Points are (N, 3) float32 in meters; errors ar
 import copy
 import dataclasses
 import functools
+import hashlib
+import itertools
 import multiprocessing
 import os
+import re
 import statistics
 import sys
 import tempfile
@@ -264,6 +268,110 @@ def from_a_bucket(folder: Path) -> None:
         )
 
 
+def scale(folder: Path) -> None:
+    """Time and memory of what comes before the first fit or step, with 300,000 labeled pairs."""
+    write_many(folder, logs=1000)
+    # Each in a process of its own, since the peak of a process's memory never sinks again.
+    for step in (open_many, status_of_many, label_many, train_on_many):
+        process = multiprocessing.get_context("spawn").Process(target=step, args=(folder,))
+        process.start()
+        process.join()
+
+
+def write_many(folder: Path, logs: int) -> None:
+    """Logs of 301 empty sweeps each, and a label of a hundred points for every pair."""
+    grid = data.GRID_HALF_EXTENT_M
+    settings = zeroflow.label_settings(nsfp.TEACHERS["fast"], grid)
+    labels.claim_folder(folder / "labels", settings)
+    key = data.PairKey("log-0000", 1_111_111_111_111_111_111, 2_222_222_222_222_222_222)
+    flow = torch.zeros(100, 3)
+    about = (settings, 0.0, 2.0, 16 * "0", flow[:, 0])
+    label = zeroflow.Label(key, flow, flow[:, 0] == 0, *about)
+    template = labels.write_label(folder, label).read_bytes()
+    checksum = re.search(rb'"checksum": "([0-9a-f]{64})"', template)[1]
+    template = template.replace(checksum, 64 * b"0")
+
+    # In one label after the other, the names are replaced by others of the same length.
+    for log_id in (f"log-{log:04d}" for log in range(logs)):
+        sweeps, made = folder / "split" / log_id / "sensors" / "lidar", folder / "labels" / log_id
+        sweeps.mkdir(parents=True)
+        made.mkdir()
+        stamps = [f"{10**18 + sweep * 10**8}" for sweep in range(301)]
+        for stamp in stamps:
+            (sweeps / f"{stamp}.feather").touch()
+        for stamp0, stamp1 in itertools.pairwise(stamps):
+            content = template.replace(b"log-0000", log_id.encode())
+            content = content.replace(19 * b"1", stamp0.encode())
+            content = content.replace(19 * b"2", stamp1.encode())
+            checksum = hashlib.sha256(content).hexdigest().encode()
+            (made / f"{stamp0}.feather").write_bytes(content.replace(64 * b"0", checksum))
+
+
+def open_many(folder: Path) -> data.Pairs:
+    call = functools.partial(data.open_dataset, folder / "split", true_flow=False)
+    dataset, cost = with_cost(call)
+    print(f"opening {len(dataset)} pairs: {cost}")
+    return dataset
+
+
+def status_of_many(folder: Path) -> None:
+    dataset = open_many(folder)
+    status, cost = with_cost(lambda: labels.label_status(dataset, folder / "labels", sample=0))
+    print(f"status, {len(status.states['made'])} labels made: {cost}")
+
+
+def label_many(folder: Path) -> None:
+    """How long one shard of 64 looks for what is missing, which is nothing."""
+    dataset = open_many(folder)
+    label = functools.partial(labels.label_dataset, shard=(0, 64), workers=1)
+    settings = nsfp.TEACHERS["fast"]
+    count, cost = with_cost(lambda: label(dataset, folder / "labels", settings))
+    assert (count.made, count.failed) == (0, [])
+    print(f"label --shard 0/64, {count.found} labels found: {cost}")
+
+
+def train_on_many(folder: Path) -> None:
+    """The samples of a rank, and what each loader worker adds to it."""
+    dataset = open_many(folder)
+    make = functools.partial(train.LabeledPairs, dataset, folder / "labels")
+    samples, cost = with_cost(lambda: train.Samples([make()]))
+    print(f"{len(samples)} samples: {cost}")
+
+    # A forked worker shares memory with its parent until it touches an object: that writes to the
+    # object's count of references. Here it touches all samples, without reading sweeps.
+    train.LabeledPairs._read = touch
+    process = multiprocessing.get_context("fork").Process(target=touch_all, args=(samples,))
+    process.start()
+    process.join()
+
+
+def touch(part: train.LabeledPairs, index: int) -> train.Sample:
+    return train.Sample(*5 * [part.dataset.pair_keys[part.indices[index]]])
+
+
+def touch_all(samples: train.Samples) -> None:
+    before = memory_mb("smaps_rollup", "Private_Dirty")
+    for i in range(len(samples)):
+        samples[i]
+    copied = memory_mb("smaps_rollup", "Private_Dirty") - before
+    print(f"a loader worker copies {copied:.0f} MB of it")
+
+
+def with_cost(call: Callable) -> tuple[object, str]:
+    """What a call returns, and its time and memory: what it leaves behind, and its peak."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before, start = memory_mb("status", "VmRSS"), time.perf_counter()
+    result = call()
+    seconds = time.perf_counter() - start
+    left, peak = (memory_mb("status", name) - before for name in ("VmRSS", "VmHWM"))
+    return result, f"{seconds:.1f} s, {left:.0f} MB more, at most {peak:.0f} MB"
+
+
+def memory_mb(file: str, name: str) -> float:
+    """A line of what Linux knows about the memory of this process."""
+    return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self", file).read_text())[1]) / 1e3
+
+
 def label_files(folder: Path) -> None:
     """What a label costs besides the fit: its size, and the time to write, read and check it."""
     pair = full_size_pairs(folder)[0]
@@ -271,6 +379,7 @@ def label_files(folder: Path) -> None:
     path = labels.write_label(folder, label)
     write = median_seconds(lambda: labels.write_label(folder, label))
     read = median_seconds(lambda: labels.read_label(folder, pair.key))
+    end = median_seconds(lambda: labels._read_end(path, pair.key))
 
     # Flow is stored as float16, which rounds it.
     rounding = (labels.read_label(folder, pair.key).flow - label.flow).abs().max()
@@ -279,7 +388,7 @@ def label_files(folder: Path) -> None:
         f"label of {len(label.flow)} rows: {size_kb:.0f} kB, {1e3 * write:.0f} ms to write, ",
         end="",
     )
-    print(f"{1e3 * read:.1f} ms to read and check;")
+    print(f"{1e3 * read:.1f} ms to read and check, {1e6 * end:.0f} us to read its end;")
     print(f"  float16 changed a coordinate by {1e3 * rounding:.2f} mm at most")
 
 
@@ -757,6 +866,7 @@ SHORT = {
 # Run only by name.
 LONG = {
     "remote": from_a_bucket,
+    "scale": scale,
     "departures": departures,
     "nsfp": slow_teachers,
     "student_xl": student_xl,

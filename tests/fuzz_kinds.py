@@ -223,7 +223,8 @@ def read_label(folder: Path, file: Path, name: str = "labels") -> Values:
     states = labels.label_status(split, folder / name).states
     values = {f"state {state}": len(keys) for state, keys in states.items()}
     label_folder = labels.open_labels(folder / name, split)
-    for key in label_folder.pair_keys:
+    for i in label_folder.indices:
+        key = split.pair_keys[i]
         label = label_folder.read(split.read(key))
         values |= {f"flow {key}": label.flow, f"mask {key}": label.has_flow}
         values[f"count of labeled points {key}"] = label.has_flow.sum()

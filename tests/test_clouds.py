@@ -912,7 +912,7 @@ def test_times_of_nanoseconds_are_exact(tmp_path):
     for name in ("c_1583836591_582553088", "c_1583836591_582553089", "c_1583836591_682553089"):
         np.save(tmp_path / f"{name}.npy", np.full((1, 3), 5))
     (stamps,) = clouds.CloudPairs(tmp_path).stamps.values()
-    assert stamps == [1583836591582553088, 1583836591582553089, 1583836591682553089]
+    assert stamps.tolist() == [1583836591582553088, 1583836591582553089, 1583836591682553089]
 
 
 def test_two_drives_whose_folders_have_the_same_names_are_two_logs(tmp_path):

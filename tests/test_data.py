@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import pickle
 import shutil
 import sys
 import tracemalloc
@@ -538,6 +539,31 @@ def test_evenly_spread_indices_by_hand():
     assert data.evenly_spread(10, 4) == [0, 2, 5, 7]
     assert data.evenly_spread(3, None) == data.evenly_spread(3, 9) == [0, 1, 2]
     assert data.evenly_spread(0, None) == data.evenly_spread(0, 5) == []
+
+
+def test_a_sweep_named_by_a_number_that_is_no_time_costs_only_itself(tmp_path, street_folder):
+    log = next(street_folder.iterdir())
+    shutil.copytree(log, tmp_path / log.name)
+    lidar = tmp_path / log.name / "sensors" / "lidar"
+    (lidar / f"{2**63}.feather").touch()
+    dataset = data.open_dataset(tmp_path)
+    assert len(dataset) == 2
+    (line,) = dataset.skipped
+    assert log.name in line and "1 sweeps are named by numbers of over 63 bits" in line
+
+
+def test_keys_in_arrays_are_a_sequence_like_any_other():
+    listed = [data.PairKey(log, stamp, stamp + 9**18) for log in "abca" for stamp in (0, 10**18)]
+    keys = data.PairKeys(listed)
+    assert keys == listed and listed == list(keys) and len(keys) == 8
+    assert keys[1:6:2] == listed[1:6:2] and keys[-1] == listed[-1] and keys[::-1] == listed[::-1]
+    assert keys.index(listed[3]) == 3 and listed[5] in keys and ("d", 0, 1) not in keys
+    assert keys != listed[:-1] and keys != 8
+    with pytest.raises(IndexError):
+        keys[8]
+    copied = pickle.loads(pickle.dumps(keys))  # for the processes of a loader
+    copied.extend([data.PairKey("d", 1, 2)])
+    assert copied[-1] == ("d", 1, 2) and copied[:-1] == keys
 
 
 def test_a_subset_has_its_own_pairs_in_their_order_and_leaves_the_data_set_as_it_is(street):

@@ -203,6 +203,50 @@ def test_a_whole_label_with_a_flow_that_cannot_be_is_torn_and_made_again(
     assert_same_tables(tmp_path / "labels", undisturbed, street)
 
 
+def test_a_bit_that_flipped_in_the_middle_is_found_where_the_whole_label_is_read(
+    tmp_path, street, undisturbed, monkeypatch
+):
+    """Looking for what is missing reads only the ends of labels: a few, here none, are compared."""
+    monkeypatch.setattr(labels, "COMPARED", 0)
+    folder = tmp_path / "labels"
+    shutil.copytree(undisturbed, folder)
+    path = labels.label_path(folder, street.pair_keys[2])
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 1
+    path.write_bytes(content)
+    assert counts_of_sample(street, folder, 0) == [4, 0, 0, 0, 0]
+    assert done(labels.label_dataset(street, folder, QUICK, workers=1)) == (0, 4, 0)
+    status = labels.label_status(street, folder, sample=0, whole=True)
+    assert list(status.states["torn"]) == [street.pair_keys[2]]
+    assert done(labels.label_dataset(street, folder, QUICK, workers=1, whole=True)) == (1, 3, 0)
+    assert_same_tables(folder, undisturbed, street)
+
+
+def test_what_the_end_of_a_label_tells_is_what_the_whole_label_tells(
+    tmp_path, street, undisturbed, monkeypatch
+):
+    """For a whole label, one of another pair, one cut anywhere near its end, and none at all."""
+    key, other = street.pair_keys[:2]
+    path = labels.label_path(tmp_path, key)
+    whole = labels.label_path(undisturbed, key).read_bytes()
+    contents = [whole, labels.label_path(undisturbed, other).read_bytes()]
+    contents += [whole[:-cut] for cut in (1, 6, 7, 100, 1000, len(whole))]
+    contents += [whole.replace(b'"checksum"', b'"checksun"'), whole.replace(b'"loss"', b'loss"')]
+    wanted = labels.settings_hash(labels.folder_settings(undisturbed))
+    path.parent.mkdir()
+    for content in contents:
+        path.write_bytes(content)
+        found = [
+            labels.label_state(tmp_path, key, wanted, [path.name], whole) for whole in (False, True)
+        ]
+        assert found[0][0] == found[1][0] == ("made" if content == whole else "torn")
+        assert math.isnan(found[0][2]) or found[0][2] == labels.read_label(tmp_path, key).seconds
+    # A label of other settings, and one that is not in the listing of its folder.
+    path.write_bytes(whole)
+    assert labels.label_state(tmp_path, key, "other", [path.name])[0] == "foreign"
+    assert labels.label_state(tmp_path, key, wanted, [])[0] == "missing"
+
+
 def _sealed(path: Path, change) -> None:
     """Write a label as `write_label` does, but with other columns or metadata."""
     table = feather.read_table(path, memory_map=False)
