@@ -1,6 +1,8 @@
-"""The scripts in recipes/, run by bash beside programs that stand in for SLURM's."""
+"""The scripts in recipes/, run beside programs that stand in for SLURM's, and on a local Ray."""
 
+import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,6 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+
+import data
+import labels
+import nsfp
 
 ROOT = Path(__file__).parent.parent
 
@@ -87,5 +94,47 @@ def test_a_training_job_whose_time_is_over_writes_a_checkpoint_before_it_is_requ
 
 def test_the_docs_print_the_recipes_as_they_are():
     text = (ROOT / "docs" / "scaling.md").read_text()
-    for recipe in sorted((ROOT / "recipes").glob("*.sbatch")):
-        assert f"```\n{recipe.read_text()}```" in text, recipe
+    for recipe in sorted((ROOT / "recipes").iterdir()):
+        language = "python" if recipe.suffix == ".py" else ""
+        assert f"```{language}\n{recipe.read_text()}```" in text, recipe
+
+
+def label_by_ray(*arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, ROOT / "recipes" / "label_ray.py", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd="/", timeout=300)
+
+
+def test_ray_makes_the_labels_that_one_process_makes_and_a_broken_pair_costs_only_its_shard(
+    tmp_path, street_folder
+):
+    pytest.importorskip("ray", reason="ray is not installed; it is needed for its recipe only")
+    split = tmp_path / "street"
+    shutil.copytree(street_folder, split)
+    pairs = data.open_dataset(split)
+    broken = split / pairs.pair_keys[0].log_id / "sensors" / "lidar"
+    (broken / f"{pairs.pair_keys[0].timestamp0_ns}.feather").write_bytes(b"no sweep")
+    quick = ["--iterations", "2", "--priors", "1", "--refine", "none"]
+    options = ["--shards", "3", "--data", split, "--labels", tmp_path / "labels", *quick]
+    done = label_by_ray(*options)
+    assert done.returncode == 1, done.stderr
+    shards = {labels.shard_of(key, 3) for key in pairs.pair_keys}
+    failed = labels.shard_of(pairs.pair_keys[0], 3)
+    assert f"start again for: {failed}/3\n" in done.stdout and "no sweep" not in done.stdout
+    assert all(f"shard {shard}/3: " in done.stdout for shard in shards)
+
+    settings = dataclasses.replace(nsfp.TEACHERS["fast"], iterations=2, priors=1, refine="none")
+    labels.label_dataset(pairs, tmp_path / "here", settings, workers=1)
+    for key in pairs.pair_keys[1:]:
+        there, here = (labels.read_label(tmp_path / name, key) for name in ("labels", "here"))
+        assert torch.equal(there.flow, here.flow) and torch.equal(there.has_flow, here.has_flow)
+
+
+def test_ray_is_given_what_can_work(tmp_path):
+    pytest.importorskip("ray", reason="ray is not installed; it is needed for its recipe only")
+    folders = ["--labels", tmp_path, "--data"]
+    for arguments, message in (
+        ([*folders, "av2/train"], "av2/train: give an absolute path"),
+        ([*folders, tmp_path, "--cpus", "1"], "--cpus: give 2 or more"),
+    ):
+        done = label_by_ray(*arguments)
+        assert done.returncode == 2 and message in done.stderr
