@@ -39,8 +39,8 @@ def main() -> int:
         if not path.startswith(("/", "s3://")):
             parser.error(f"{path}: give an absolute path, the same on all machines")
 
-    # Every machine gets the modules from here, and nothing else: labels may lie here, too.
-    ray.init(runtime_env={"working_dir": str(ROOT), "excludes": ["*", "!*.py"]})
+    # Every machine gets the modules from here, but no folders, in which labels may lie.
+    ray.init(runtime_env={"working_dir": str(ROOT), "excludes": ["/*/"]})
     task = ray.remote(label).options(num_cpus=arguments.cpus)
     options = ["--data", arguments.data, "--labels", arguments.labels, *others]
     shards = [f"{i}/{arguments.shards}" for i in range(arguments.shards)]
