@@ -901,13 +901,36 @@ def processes(settings: TrainSettings) -> Iterator[TrainSettings]:
         torch.cuda.set_device(device)
         settings = dataclasses.replace(settings, device=device)
 
-    # The others wait while the first process validates. If one dies, torchrun ends them all.
+    # Later the others wait while the first process validates, so they must be patient. But whoever
+    # does not come at the start will not come in two hours either.
+    store, rank, world = _meet()
     timeout = datetime.timedelta(hours=2)
-    dist.init_process_group("nccl" if is_cuda else "gloo", timeout=timeout)
+    backend = "nccl" if is_cuda else "gloo"
+    dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world)
     try:
         yield settings
     finally:
         dist.destroy_process_group()
+
+
+START_TIMEOUT = datetime.timedelta(minutes=5)
+
+
+def _meet() -> tuple[dist.Store, int, int]:
+    """The store that all processes share, this one's rank, and their number, when all have come.
+
+    Raises DataError if that takes too long.
+    """
+    try:
+        store, rank, world = next(dist.rendezvous("env://", timeout=START_TIMEOUT))
+        store.set(f"started/{rank}", "")
+        store.wait([f"started/{other}" for other in range(world)], START_TIMEOUT)
+    except RuntimeError as error:
+        minutes = START_TIMEOUT.total_seconds() / 60
+        what = f"not all {os.environ['WORLD_SIZE']} processes came within {minutes:g} minutes"
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{what} ({reason}); see what they printed, and start all again") from error
+    return store, rank, world
 
 
 def rank_of() -> tuple[int, int]:

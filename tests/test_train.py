@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -1110,6 +1111,37 @@ def test_two_processes_are_as_one(tmp_path, own):
             [line[key] for line in one], rel=bound
         ), key
     assert done.stdout.count("batch_size: 4\n") == 1  # only the first process prints
+
+
+def test_a_start_to_which_a_process_does_not_come_is_given_up(tmp_path):
+    """Without torchrun around, as `srun` starts processes: nobody ends those that wait."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    script = tmp_path / "start.py"
+    script.write_text(
+        "import datetime, sys, train\n"
+        "train.START_TIMEOUT = datetime.timedelta(seconds=int(sys.argv[1]))\n"
+        "with train.processes(train.TrainSettings(device='cpu')):\n"
+        "    print('all are here', train.rank_of())\n"
+    )
+    about = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "3"}
+    about["PYTHONPATH"] = str(Path(train.__file__).parent)
+
+    def start(ranks, timeout_s):
+        command, pipe = [sys.executable, str(script), str(timeout_s)], subprocess.PIPE
+        environments = [os.environ | about | {"RANK": str(rank)} for rank in ranks]
+        return [
+            subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True)
+            for environment in environments
+        ]
+
+    for process in start([0, 2], timeout_s=3):
+        _, errors = process.communicate(timeout=60)
+        assert "not all 3 processes came within 0.05 minutes (" in errors
+    for rank, process in enumerate(start([0, 1, 2], timeout_s=60)):
+        printed, errors = process.communicate(timeout=60)
+        assert printed == f"all are here ({rank}, 3)\n", errors
 
 
 def test_a_process_that_dies_ends_the_others(tmp_path, own):
