@@ -113,6 +113,8 @@ class TrainSettings:
     weighted_share: float = 1.0  # share of the steps, the first ones, that use the speed weight
     # show each pair as it is, or with left and right or front and back exchanged; published: no
     mirror: bool = False
+    turn: bool = False  # turn each pair by a random angle around the vertical axis; published: no
+    height_m: float = 0.0  # raise or lower each pair by up to this many meters; published: 0
     clip_norm: float | None = None  # clip the gradient of a step to this norm; published: none
     # number format of the U-Net; bfloat16 is faster on processors that support it
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -196,6 +198,8 @@ def _option(name: str) -> str:
 def check_settings(settings: TrainSettings) -> None:
     """Raise DataError for settings that cannot work, before any time is spent."""
     _check_sources(settings)
+    if not 0 <= settings.height_m < 10:
+        raise DataError(f"--height-m {settings.height_m}: must be 0 or more, and less than 10")
     positive = ["epochs", "steps", "batch_size", "micro_batch", "lr", "clip_norm", "fraction"]
     for name in [*positive, "doubt", "checkpoint_every", "validate_every"]:
         value = getattr(settings, name)
@@ -763,11 +767,11 @@ def one_step(
     # Batch norm's running statistics change as soon as data passes through. If the step does not
     # take place after all, they must not have changed either.
     statistics_before = [buffer.clone() for buffer in model.buffers()]
-    if settings.mirror:
+    if settings.mirror or settings.turn or settings.height_m:
         # Each step and process draws its own forms; after a resume they are the same.
         number = (settings.seed * 10**7 + step) * 1000 + rank_of()[0]
         generator = torch.Generator().manual_seed(number)
-        batches = [mirrored(batch, generator) for batch in batches]
+        batches = [varied(batch, settings, generator) for batch in batches]
     sums = add_gradients(model, batches, weight, settings, stopped)
     if sums is None:
         put_back(model, statistics_before)
@@ -788,14 +792,30 @@ def one_step(
     return StepResult(loss / shown, norm, lr, weight, int(shown), int(broken))
 
 
-def mirrored(batch: Batch, generator: torch.Generator) -> Batch:
-    """Each pair in one of four forms: x, y, both or none of its coordinates have the other sign."""
+def varied(batch: Batch, settings: TrainSettings, generator: torch.Generator) -> Batch:
+    """Each pair in another form, so that it teaches more: mirrored, turned, raised or lowered.
+
+    Points that are turned out of the grid do not count in the loss, as all points outside it.
+    """
     changed = {"pc0s": [], "pc1s": [], "labels": []}
     for i in range(len(batch.pc0s)):
-        sign = torch.ones(3)
-        sign[:2] -= 2.0 * torch.randint(2, (2,), generator=generator)
+        form, up = torch.eye(3), torch.zeros(3)
+        if settings.mirror:
+            form[0, 0], form[1, 1] = 1.0 - 2.0 * torch.randint(2, (2,), generator=generator)
+        if settings.turn:
+            angle = 2 * math.pi * torch.rand((), generator=generator).item()
+            turn = torch.eye(3)
+            turn[0, :2] = torch.tensor([math.cos(angle), -math.sin(angle)])
+            turn[1, :2] = torch.tensor([math.sin(angle), math.cos(angle)])
+            form = turn @ form
+        if settings.height_m:
+            up[2] = settings.height_m * (2 * torch.rand((), generator=generator).item() - 1)
+
+        # Flow is a difference of two points: it turns with them, and does not rise.
+        device = batch.pc0s[i].device
         for name, tensors in changed.items():
-            tensors.append(getattr(batch, name)[i] * sign.to(batch.pc0s[i].device))
+            moved = getattr(batch, name)[i] @ form.T.to(device)
+            tensors.append(moved if name == "labels" else moved + up.to(device))
     return batch._replace(**changed)
 
 

@@ -20,6 +20,7 @@ import time
 import typing
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -94,9 +95,10 @@ def test_mirrored_pairs_exchange_left_and_right_and_front_and_back_alike():
     (sample,) = samples_that_move(1)
     pair = [[sample.pc0], [sample.pc1], [sample.label], [sample.has_flow]]
     batch, forms = train.Batch(*pair, weights=[], seconds=[0.1], broken=0), set()
+    settings = train.TrainSettings(mirror=True)
     for number in range(40):
         generators = [torch.Generator().manual_seed(number) for _ in range(2)]
-        mirrored, again = (train.mirrored(batch, generator) for generator in generators)
+        mirrored, again = (train.varied(batch, settings, generator) for generator in generators)
         assert torch.equal(mirrored.pc0s[0], again.pc0s[0])
         for sign in itertools.product((1.0, -1.0), (1.0, -1.0), (1.0,)):
             changed = [part * torch.tensor(sign) for part in (sample.pc0, sample.pc1, sample.label)]
@@ -107,6 +109,32 @@ def test_mirrored_pairs_exchange_left_and_right_and_front_and_back_alike():
         else:
             raise AssertionError("in none of the four forms")
     assert len(forms) == 4
+
+
+def test_turned_and_raised_pairs_are_rigid_and_their_flow_turns_with_them():
+    """All angles and heights come up; the flow still leads from the moved sweep 0 to sweep 1."""
+    pc0 = torch.rand(50, 3, dtype=torch.float32) * 40 - 20
+    label = torch.rand(50, 3) - 0.5
+    batch = train.Batch([pc0], [pc0 + label], [label], [], [], [0.1], 0)
+    settings = train.TrainSettings(turn=True, height_m=0.5)
+    angles, heights = [], []
+    for number in range(100):
+        generator = torch.Generator().manual_seed(number)
+        turned = train.varied(batch, settings, generator)
+        moved0, moved1, flow = turned.pc0s[0], turned.pc1s[0], turned.labels[0]
+        torch.testing.assert_close(moved0 + flow, moved1, atol=1e-5, rtol=0)
+        up = moved0[:, 2] - pc0[:, 2]
+        assert (up - up[0]).abs().max() < 1e-6 and torch.equal(flow[:, 2], label[:, 2])
+        # By complex numbers: a turn multiplies all of them by the same one, of length 1.
+        factor = torch.view_as_complex(moved0[:, :2].contiguous()) / torch.view_as_complex(
+            pc0[:, :2].contiguous()
+        )
+        assert (factor - factor[0]).abs().max() < 1e-4 and abs(abs(factor[0]) - 1) < 1e-5
+        angles.append(factor[0].angle().item())
+        heights.append(up[0].item())
+    quarters = np.histogram(angles, bins=4, range=(-np.pi, np.pi))[0]
+    assert quarters.min() > 10 and min(heights) < -0.4 and max(heights) > 0.4
+    assert max(map(abs, heights)) <= 0.5 + 1e-6
 
 
 def test_each_step_has_the_weight_the_mask_and_the_rate_that_the_settings_say(monkeypatch):
