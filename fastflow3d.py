@@ -77,6 +77,13 @@ MODELS = {
         level_channels=(128, 256, 512, 1024),
         level_blocks=(4, 6, 6, 6),
     ),
+    # 256 x 256 cells, 0.94 million parameters: ours, for any LiDAR on a CPU
+    "small": FastFlow3DSettings(
+        cell_m=0.4,
+        pillar_channels=16,
+        level_channels=(32, 64, 128),
+        level_blocks=(2, 2, 2),
+    ),
     # 128 x 128 cells, 0.24 million parameters: ours, for a CPU and the small synthetic street
     "narrow": FastFlow3DSettings(
         half_extent_m=(25.6, 25.6, 3.0),

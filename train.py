@@ -96,7 +96,7 @@ class TrainSettings:
 
     # The student, and how it learns.
 
-    model: Literal["narrow", "normal", "xl"] = "normal"  # size of the student
+    model: Literal["narrow", "small", "normal", "xl"] = "normal"  # size of the student
     epochs: int = 50  # how often every pair is shown; later code of the authors: 20
     steps: int | None = None  # how many steps to train; none: as many as the epochs have
     batch_size: int = 64  # pairs per step, over all processes
