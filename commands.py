@@ -526,6 +526,8 @@ def _covered_by(name: str, dataset: data.Pairs, pair_keys: list[data.PairKey]) -
     return data.subset(dataset, pair_keys)
 
 
+OUR_WEIGHTS = Path(__file__).parent / "weights" / "street.pt"
+
 METHOD_OPTIONS = ("checkpoint", "labels", "teacher", "baseline", "predictions")
 
 
@@ -535,17 +537,21 @@ def _name_of_method(arguments: argparse.Namespace) -> str:
 
 
 def _load_student(arguments: argparse.Namespace, file: str | None = None) -> torch.nn.Module:
-    """The student of `file`, or of --checkpoint."""
+    """The student of `file`, or of --checkpoint, or the one that comes with the project."""
     train.check_device(arguments.device)
+    file = file or arguments.checkpoint or OUR_WEIGHTS
     try:
-        model = fastflow3d.load_checkpoint(file or arguments.checkpoint)
+        model = fastflow3d.load_checkpoint(file)
     except ValueError as error:
         raise DataError(error) from error
+    if file == OUR_WEIGHTS:
+        what = "no --checkpoint: taking our own, which has learned from synthetic streets alone"
+        print(f"{what} ({OUR_WEIGHTS}; see the README.md beside it)", file=sys.stderr)
     if model.is_foreign:
         size = " x ".join(f"{2 * half:g}" for half in model.settings.half_extent_m)
         what = f"does not tell its grid and frames; assumed are {size} m around the ego"
         frames = "and both sweeps in the ego frame of sweep 0, as published"
-        print(f"{file or arguments.checkpoint}: {what}, {frames}", file=sys.stderr)
+        print(f"{file}: {what}, {frames}", file=sys.stderr)
     if arguments.device == "cpu" and model.settings == fastflow3d.MODELS["narrow"]:
         torch.set_num_threads(1)  # too small for two: beside a busy process, they wait for long
     return model.prepare_inference(getattr(torch, arguments.dtype)).to(arguments.device)
@@ -642,9 +648,12 @@ def _methods_to_show(
     if arguments.range is not None and not arguments.range > 0:
         raise DataError(f"--range {arguments.range}: must be positive")
     train.check_device(arguments.device)
+    # Whoever names no method at all gets the student that comes with the project.
+    named = (arguments.truth, *arguments.baseline, *arguments.labels, *arguments.teacher)
+    files = arguments.checkpoint or ([] if any(named) else [OUR_WEIGHTS])
     students = {}
-    for file in arguments.checkpoint:
-        name = "student" if len(arguments.checkpoint) == 1 else file
+    for file in files:
+        name = "student" if len(files) == 1 else file
         students[name] = _load_student(arguments, file)
 
     # What is drawn is what the student of the first checkpoint sees, unless --model asks otherwise.
@@ -666,9 +675,6 @@ def _methods_to_show(
         estimators[name] = zeroflow.from_teacher(teacher, grid, arguments.device)
     for name, model in students.items():
         estimators[name] = zeroflow.from_student(model)
-    if not estimators:
-        options = "--checkpoint, --labels, --teacher, --baseline or --truth"
-        raise DataError(f"nothing to show: give {options}, one or more")
     return dataset, estimators, arguments.range or grid[0]
 
 
@@ -707,7 +713,8 @@ def _predict_folder(arguments: argparse.Namespace) -> int:
     dataset = train.open_and_report(arguments.data, arguments, true_flow=False)
 
     # Flow of another student, or of another kind, must not get mixed with this one's.
-    weights = hashlib.sha256(Path(arguments.checkpoint).read_bytes()).hexdigest()
+    checkpoint = Path(arguments.checkpoint or OUR_WEIGHTS)
+    weights = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
     _claim_predictions(out, {"checkpoint_sha256": weights, "total": arguments.total})
     done, failed = 0, []
     for key in tqdm(dataset.pair_keys, desc="predict", unit="pair"):
@@ -1124,8 +1131,9 @@ def _add_methods_to_show(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--labels", metavar="DIR", help="show the labels of this folder", **again)
     sub.add_argument("--teacher", choices=nsfp.TEACHERS, help="fit this teacher to each pair now",
                      **again)
-    sub.add_argument("--checkpoint", metavar="FILE", help="show a student; this option and the "
-                     "last three may be given several times", **again)
+    sub.add_argument("--checkpoint", metavar="FILE", help="show a student (if nothing is named: "
+                     "the one in weights/); this option and the last three may be given several "
+                     "times", **again)
     _option(sub, "--seed", "seed of the teacher (default: 0)", type=int)
     _option(sub, "--model", "the student whose grid the others use (default: that of the first "
             "checkpoint, else `normal`)", choices=fastflow3d.MODELS)
@@ -1150,8 +1158,8 @@ def _add_predict(commands) -> None:
     _option(sub, "--pose", "ego1_SE3_ego0 of two clouds, 4 x 4, as text or .npy",
             type=Path, metavar="FILE")
     _add_data_options(sub, required=False)
-    _option(sub, "--checkpoint", "a student: a checkpoint of train.py, or a published file",
-            required=True, metavar="FILE")
+    _option(sub, "--checkpoint", "a student: a checkpoint of train.py, or a published file "
+            "(default: the one in weights/)", metavar="FILE")
 
     # ... and what comes out.
     _option(sub, "--out", ".feather or .npz file for flow and has_flow; with --data, a folder with "

@@ -1,10 +1,13 @@
-"""Two experiments on the street of `python train.py`, which need hours or minutes of two cores.
+"""Three experiments on synthetic streets, which need minutes or hours of two cores.
 
     python experiments.py scaling-law --out law    error against the number of logs to learn from
     python experiments.py why                      how labels are wrong, and what students learn
+    python experiments.py weights --out world      train the student that is in weights/
 
 The first shows the paper's claim: with enough logs that nobody labeled, a student beats its
 teacher, and a network that learned from human labels of fewer logs. The second shows why it may.
+Both use the street of `python train.py`. The third makes streets of all kinds, seen by several
+kinds of LiDAR, for a student that is to work on clouds of any.
 """
 
 from __future__ import annotations
@@ -18,10 +21,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import data
 import demo
+import fastflow3d
 import labels
+import nsfp
+import synthetic
 import train
 import zeroflow
 from data import DataError
@@ -216,21 +223,70 @@ def _print_row(name: str, values: list[float]) -> None:
     print(f"{name:40}" + "".join(f"{value:11.4f}" for value in values), flush=True)
 
 
+# --- Weights for any LiDAR ------------------------------------------------------------------------
+
+WORLD = synthetic.PRESETS["world"]
+WORLD_LOGS, WORLD_SEED = 600, 10
+WORLD_VALIDATION_LOGS, WORLD_VALIDATION_SEED = 10, 11
+
+
+def weights(settings: train.TrainSettings, logs: int, out: Path) -> None:
+    """Train a student on streets of all kinds, and write its weights into out/street.pt.
+
+    settings: of the preset `world`; if supervised, it learns from the true flow. What is there
+    already is kept, so the command may be killed and repeated.
+    """
+    for name, seed, count in (
+        ("train", WORLD_SEED, logs),
+        ("val", WORLD_VALIDATION_SEED, WORLD_VALIDATION_LOGS),
+    ):
+        synthetic.write_logs(out / name, count, dataclasses.replace(WORLD, seed=seed))
+    label_folders = ()
+    if not settings.supervised:
+        label_folders = (str(out / "labels"),)
+        pairs = data.open_dataset(out / "train", true_flow=False)
+        grid = fastflow3d.MODELS[settings.model].half_extent_m
+        labels.label_dataset(pairs, label_folders[0], nsfp.TEACHERS["fast"], grid)
+    run = out / ("run from true flow" if settings.supervised else "run")
+    places = {"data": (str(out / "train"),), "labels": label_folders, "val": str(out / "val")}
+    resume = (run / "last.pt").exists()
+    changes = {**places, "out": str(run), "resume": resume}
+    if not train.run(dataclasses.replace(settings, **changes)):
+        raise KeyboardInterrupt  # a signal came
+
+    # Half precision halves the file. It changes flow by less than a millimeter.
+    student = fastflow3d.load_checkpoint(run / "last.pt").half()
+    with data.atomic_file(out / "street.pt") as file:
+        torch.save(fastflow3d.checkpoint_of(student), file)
+    print(f"wrote {out / 'street.pt'}")
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Run `python experiments.py scaling-law` or `why`. Returns the exit status."""
+    """Run `python experiments.py scaling-law`, `why` or `weights`. Returns the exit status."""
     example = "example: python experiments.py scaling-law --out law"
-    parser = argparse.ArgumentParser(description="Experiments on the street.", epilog=example)
+    parser = argparse.ArgumentParser(description="Experiments on streets.", epilog=example)
     about = (
-        "scaling-law: train on more and more logs; why: compare the errors of labels and students"
+        "scaling-law: train on more and more logs; why: compare the errors of labels and students; "
+        "weights: train a student for any LiDAR"
     )
-    parser.add_argument("command", choices=["scaling-law", "why"], help=about)
-    parser.add_argument("--out", default="law", type=Path, help="folder for errors and figure")
-    about = f"most logs to learn from (default: 300; why: {WHY_LOGS})"
+    parser.add_argument("command", choices=["scaling-law", "why", "weights"], help=about)
+    parser.add_argument("--out", default="law", type=Path, help="folder for what is made")
+    about = f"most logs to learn from (default: 300; why: {WHY_LOGS}; weights: {WORLD_LOGS})"
     parser.add_argument("--train-logs", type=int, help=about)
     parser.add_argument("--only", choices=SCALING_LOGS, help="train only students of this kind")
+    about = "weights: learn from the true flow instead of labels"
+    parser.add_argument("--supervised", action="store_true", help=about)
+    about = "weights: how many (default: the preset's)"
+    parser.add_argument("--steps", type=int, help=about)
     parser.add_argument("--dtype", choices=train.DTYPES, default="float32", help="of the U-Net")
     given = parser.parse_args(argv)
     try:
+        if given.command == "weights":
+            changes = {"supervised": given.supervised}
+            changes |= {} if given.steps is None else {"steps": given.steps}
+            settings = train.resolve({"preset": "world", "data": ("world",), **changes})
+            weights(settings, given.train_logs or WORLD_LOGS, given.out)
+            return 0
         settings = train.resolve({"preset": "street", "dtype": given.dtype})
         if given.command == "why":
             settings = dataclasses.replace(settings, steps=WHY_STEPS)

@@ -17,6 +17,7 @@ origin of the city frame, as in real logs. This file needs numpy, scipy, pyarrow
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import tempfile
 from collections.abc import Iterator
@@ -45,6 +46,8 @@ class StreetSettings:
     range_noise_m: float = 0.015  # standard deviation of the measured range
     dropout: float = 0.08  # share of returns that are lost
     seed: int = 0  # another seed gives other streets
+    # each log has another kind of street, traffic of up to 25 m/s, and one of three kinds of LiDAR
+    world: bool = False
 
 
 PRESETS = {
@@ -54,6 +57,8 @@ PRESETS = {
     "small": StreetSettings(azimuths=380, beam_step=2, range_m=30.0),
     # 1,000 to 2,000 such points: for the notebooks.
     "teaching": StreetSettings(azimuths=190, beam_step=4, range_m=30.0),
+    # Streets of all kinds, seen by several kinds of LiDAR: for a student that is to work on any.
+    "world": StreetSettings(range_m=80.0, sweeps=3, range_noise_m=0.02, world=True),
 }
 
 # Argoverse 2 has two lidars of 32 beams on the roof, one above the other. The lower one hangs
@@ -66,9 +71,32 @@ BEAM_ELEVATIONS_DEG = np.array(
 LIDAR_ORIGINS = np.array([[1.35, 0.0, 1.64], [1.35, 0.0, 1.53]])  # in the ego frame
 EGO_HEIGHT_M = 0.33  # of the ego frame's origin above the ground
 MIN_RANGE_M = 1.5  # a closer surface gives no return
+
 CITY_OFFSET = np.array([5000.0, 2300.0, 15.0])  # of the street frame in the city frame
 CITY = "PIT"
 SWEEP_NS = 100_000_000
+
+
+@dataclass(frozen=True)
+class Sensor:
+    """One or two lidars on a roof, and the frame in which their points are given."""
+
+    origins: np.ndarray  # (L, 3) in the ego frame; the second lidar hangs upside down
+    elevations_deg: np.ndarray  # (E,) of the beams of each
+    ego_height_m: float  # of the ego frame's origin above the ground
+    sweep_ns: int  # from one sweep to the next
+    azimuths: float  # rays per beam and turn, as a share of those in the settings
+
+
+AV2_SENSOR = Sensor(LIDAR_ORIGINS, BEAM_ELEVATIONS_DEG, EGO_HEIGHT_M, SWEEP_NS, 1.0)
+
+# Two lidars of other data sets, whose points are given in the lidar's own frame. As in KITTI: 64
+# beams, the upper half of them closer together, ten turns a second, 1.73 m above the ground. As in
+# nuScenes: 32 beams, twenty turns a second, 1.84 m above the ground.
+_KITTI_BEAMS = np.concatenate([np.linspace(2, -8.33, 32), np.linspace(-8.83, -24.33, 32)])
+_NUSCENES_BEAMS = np.linspace(10.67, -30.67, 32)
+KITTI_SENSOR = Sensor(np.zeros((1, 3)), _KITTI_BEAMS, 1.73, SWEEP_NS, 1.1)
+NUSCENES_SENSOR = Sensor(np.zeros((1, 3)), _NUSCENES_BEAMS, 1.84, SWEEP_NS // 2, 0.6)
 
 
 def write_logs(out: str | Path, logs: int, settings: StreetSettings) -> None:
@@ -105,6 +133,8 @@ class Part:
     shape: int  # BOX or ELLIPSOID
     center: tuple[float, float, float]
     half: tuple[float, float, float]  # half the box's size, or the ellipsoid's radii
+    # How far a ray gets into leaves or wire, on average, before it returns; 0: it is solid.
+    clear_m: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -115,9 +145,18 @@ class Thing:
     s: float  # meters along the road, ahead of the ego's start
     left: float  # meters to the left of the ego's lane
     heading: float = 0.0  # rad, from the direction of the road
-    s_mps: float = 0.0
+    s_mps: float = 0.0  # when the log starts
     left_mps: float = 0.0
     category: str | None = None  # Argoverse 2's; None: it gets no box
+    turn_radps: float = 0.0  # counterclockwise, as rad/s: velocity and heading turn together
+
+    def at(self, time_s: float) -> tuple[complex, float]:
+        """Its place, s + i left in meters, and its heading, when some seconds have passed."""
+        # Whatever turns moves along the chord of its arc, in the direction that it has half-way.
+        angle = self.turn_radps * time_s
+        chord_s = time_s * np.sinc(angle / 2 / np.pi) * np.exp(0.5j * angle)
+        velocity = complex(self.s_mps, self.left_mps)
+        return complex(self.s, self.left) + velocity * chord_s, self.heading + angle
 
     def bounds(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the lowest and the highest corner (3,) in the thing's own frame."""
@@ -134,6 +173,8 @@ class Street:
     waves: np.ndarray  # (W, 4): amplitude (m), wave numbers along x and y (rad/m), phase
     things: list[Thing]
     ego_mps: float
+    sensor: Sensor = AV2_SENSOR
+    tilt_deg: tuple[float, float] = (0.0, 0.0)  # pitch and roll of the ego frame on level ground
 
     def place(self, s, left) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return x, y (m) and the road's heading (rad) in the street frame.
@@ -165,15 +206,15 @@ class Street:
 
         # A positive pitch turns the nose down, so uphill is negative.
         pitch, roll = -np.arctan(slopes[0]), np.arctan(slopes[1])
+        pitch, roll = (pitch, roll) + np.radians(self.tilt_deg)
         rotation = Rotation.from_euler("ZYX", [heading, pitch, roll])
-        return _pose(rotation, (x, y, self.ground_z(x, y) + EGO_HEIGHT_M))
+        return _pose(rotation, (x, y, self.ground_z(x, y) + self.sensor.ego_height_m))
 
     def street_SE3_thing(self, thing: Thing, time_s: float) -> np.ndarray:
         """Return a thing's pose (4, 4). Things stay upright and rest on the ground."""
-        s = thing.s + thing.s_mps * time_s
-        left = thing.left + thing.left_mps * time_s
-        x, y, heading = self.place(s, left)
-        rotation = Rotation.from_euler("Z", float(heading) + thing.heading)
+        place, thing_heading = thing.at(time_s)
+        x, y, heading = self.place(place.real, place.imag)
+        rotation = Rotation.from_euler("Z", float(heading) + thing_heading)
         return _pose(rotation, (x, y, self.ground_z(x, y)))
 
 
@@ -191,6 +232,8 @@ def make_street(settings: StreetSettings, number: int) -> Street:
     street.
     """
     rng = np.random.default_rng([settings.seed, number])
+    if settings.world:
+        return _any_street(settings, rng)
     ego_mps = rng.uniform(4, 12)
 
     # The street reaches 15 m farther than the lidars see from the ego's first and last position.
@@ -200,21 +243,24 @@ def make_street(settings: StreetSettings, number: int) -> Street:
     # The whole arc turns by at most 4.5 rad, so that the road does not meet itself.
     sharpest = min(1 / 40, 4.5 / (ahead - behind))
 
-    # Four waves of up to 18 cm, with slopes of a few percent.
-    wave_length = rng.uniform(20, 60, 4)
-    direction = rng.uniform(0, 2 * np.pi, 4)
-    amplitude = 0.003 * wave_length
-    wave_number_x = 2 * np.pi / wave_length * np.cos(direction)
-    wave_number_y = 2 * np.pi / wave_length * np.sin(direction)
-    phase = rng.uniform(0, 2 * np.pi, 4)
-    waves = np.stack([amplitude, wave_number_x, wave_number_y, phase], axis=1)
-
+    waves = _waves(rng)
     things = [
         *_traffic(rng, behind, ahead, ego_mps),
         *_sidewalks(rng, behind, ahead),
         *_scenery(rng, behind, ahead),
     ]
     return Street(rng.uniform(-sharpest, sharpest), waves, things, ego_mps)
+
+
+def _waves(rng: Generator) -> np.ndarray:
+    """Four waves of up to 18 cm, with slopes of a few percent; see `Street.waves`."""
+    wave_length = rng.uniform(20, 60, 4)
+    direction = rng.uniform(0, 2 * np.pi, 4)
+    amplitude = 0.003 * wave_length
+    wave_number_x = 2 * np.pi / wave_length * np.cos(direction)
+    wave_number_y = 2 * np.pi / wave_length * np.sin(direction)
+    phase = rng.uniform(0, 2 * np.pi, 4)
+    return np.stack([amplitude, wave_number_x, wave_number_y, phase], axis=1)
 
 
 def _spaced(
@@ -379,6 +425,240 @@ def _clutter(rng: Generator) -> tuple[Part, ...]:
     return (Part(shape, (0, 0, half[2] * 0.9), tuple(half)),)
 
 
+# --- Streets of all kinds -------------------------------------------------------------------------
+
+
+class Plan(NamedTuple):
+    """Where the lanes of a street lie, and how fast one drives there."""
+
+    behind: float  # m, where the street begins
+    ahead: float  # m, where it ends
+    ego_mps: float
+    usual_mps: float  # of the traffic
+    lane_m: float  # width of a lane
+    right: int  # lanes to the right of the ego's, in its direction
+    left: int  # lanes to the left of it, in its direction
+    oncoming: int  # lanes beyond those
+    crossing_s: float | None  # where another road crosses, m; None: nowhere
+
+    @property
+    def edges(self) -> tuple[float, float]:
+        """Meters to the left of the ego: the right and the left edge of the road."""
+        return -(self.right + 0.5) * self.lane_m, (self.left + self.oncoming + 0.5) * self.lane_m
+
+    def is_road(self, s: float) -> bool:
+        """Whether s, meters along the street, lies on the road that crosses, or close to it."""
+        return self.crossing_s is not None and abs(s - self.crossing_s) < 3 * self.lane_m
+
+
+def _any_street(settings: StreetSettings, rng: Generator) -> Street:
+    """Another kind of street, seen by another LiDAR, for each log."""
+    sensors = (AV2_SENSOR, KITTI_SENSOR, NUSCENES_SENSOR)
+    sensor = sensors[rng.choice(len(sensors), p=(0.6, 0.2, 0.2))]
+    ego_height_m = sensor.ego_height_m + rng.normal(0, 0.05)
+    sensor = dataclasses.replace(sensor, ego_height_m=ego_height_m)
+
+    seconds = settings.sweeps * sensor.sweep_ns / 1e9
+    ego_mps = rng.uniform(1, 20) if rng.random() < 0.85 else 0.0
+    behind, ahead = -settings.range_m - 15, settings.range_m + 15 + seconds * ego_mps
+    lanes = (rng.integers(0, 3), rng.integers(0, 2), rng.integers(0, 4))
+    crossing_s = rng.uniform(-25, 45) if rng.random() < 0.6 else None
+    usual_mps, lane_m = rng.uniform(3, 25), rng.uniform(3.0, 3.8)
+    plan = Plan(behind, ahead, ego_mps, usual_mps, lane_m, *lanes, crossing_s)
+
+    # Nothing may drive through anything else, the ego included.
+    ego = Thing((Part(BOX, (0, 0, 1), (2.5, 1, 1)),), 0.0, 0.0, s_mps=ego_mps)
+    things, footprints = [], [_footprint(ego, seconds)]
+    for thing in (*_lanes(rng, plan), *_crossing(rng, plan), *_people(rng, plan)):
+        footprint = _footprint(thing, seconds)
+        if not _meets_any(footprint, footprints):
+            things.append(thing)
+            footprints.append(footprint)
+    things += [*_roadside(rng, plan), *_houses(rng, plan)]
+
+    sharpest = min(1 / 30, 4.5 / (ahead - behind))
+    curvature, tilt_deg = rng.uniform(-sharpest, sharpest), tuple(rng.normal(0, 0.7, 2))
+    return Street(curvature, _waves(rng), things, ego_mps, sensor, tilt_deg)
+
+
+def _lanes(rng: Generator, plan: Plan) -> Iterator[Thing]:
+    """Traffic along the street: it flows, crawls or stands, lane by lane; and parked rows."""
+    for lane in range(-plan.right, plan.left + plan.oncoming + 1):
+        sign = -1 if lane > plan.left else 1
+        lane_mps = plan.usual_mps * rng.uniform(0.6, 1.2) if rng.random() < 0.8 else 0.0
+        if lane == 0:
+            lane_mps = plan.ego_mps * rng.uniform(0.8, 1.2)
+        for s in _spaced(rng, plan.behind, plan.ahead, 7 + lane_mps, 25 + 3 * lane_mps):
+            left = lane * plan.lane_m + rng.normal(0, 0.2)
+            heading = (0.0 if sign > 0 else np.pi) + rng.normal(0, 0.02)
+            yield _vehicle(rng, s, left, heading, lane_mps * rng.uniform(0.9, 1.1))
+
+    # Parked cars stand along the edges, or across them.
+    for edge, outward in zip(plan.edges, (-1, 1), strict=True):
+        heading, gap = ((0.0, 5.5), (np.pi / 2, 2.8))[int(rng.random() < 0.25)]
+        if rng.random() < 0.6:
+            for s in _spaced(rng, plan.behind, plan.ahead, gap, 2.5 * gap):
+                turned = heading + rng.choice([0, np.pi]) + rng.normal(0, 0.04)
+                beside = edge + outward * (1.3 if gap > 5 else 2.8)
+                if not plan.is_road(s):
+                    yield _vehicle(rng, s, beside, turned, 0.0)
+
+
+def _crossing(rng: Generator, plan: Plan) -> Iterator[Thing]:
+    """Traffic on the road that crosses, and cars that turn into it or out of it."""
+    if plan.crossing_s is None:
+        return
+    low, high = plan.edges
+    for lane, sign in ((-1.5, 1), (-0.5, 1), (0.5, -1), (1.5, -1)):
+        lane_mps = min(rng.uniform(2, 20), plan.usual_mps) if rng.random() < 0.6 else 0.0
+        for left in _spaced(rng, -80, 80, 7 + lane_mps, 25 + 3 * lane_mps):
+            # Whoever waits does so before the street.
+            is_waiting_in_it = lane_mps == 0 and low - 2 < left < high + 2
+            s = plan.crossing_s + lane * plan.lane_m + rng.normal(0, 0.2)
+            if not is_waiting_in_it:
+                yield _vehicle(rng, s, left, sign * np.pi / 2, lane_mps * rng.uniform(0.9, 1.1))
+    for _ in range(rng.integers(0, 6)):
+        s, left = plan.crossing_s + rng.uniform(-8, 8), rng.uniform(low, high)
+        mps, radius = rng.uniform(2, 9), rng.uniform(6, 15) * rng.choice([-1, 1])
+        yield _vehicle(rng, s, left, rng.uniform(0, 2 * np.pi), mps, mps / radius)
+
+
+def _vehicle(
+    rng: Generator, s: float, left: float, heading: float, mps: float, turn_radps: float = 0.0
+) -> Thing:
+    """A car; sometimes a truck, a bus, or somebody on two wheels."""
+    kind = rng.random()
+    category, parts = "REGULAR_VEHICLE", _car(rng)
+    if kind < 0.1 and abs(complex(s, left)) > 12:  # beside the ego it would hide everything else
+        category, parts = _truck(rng)
+    elif kind < 0.18:
+        category, parts = "BICYCLIST", _cyclist(rng)
+        mps = min(mps, rng.uniform(3, 9))
+    velocity = mps * np.cos(heading), mps * np.sin(heading)
+    return Thing(parts, s, left, heading, *velocity, category, turn_radps)
+
+
+def _people(rng: Generator, plan: Plan) -> Iterator[Thing]:
+    """Groups of one to five on the sidewalks, and some who cross the street."""
+    for edge, outward in zip(plan.edges, (-1, 1), strict=True):
+        for s in _spaced(rng, plan.behind, plan.ahead, 4, 30):
+            walker = _walker(rng, s, edge + outward * rng.uniform(3.5, 7))
+            if rng.random() < 0.1:
+                walker = dataclasses.replace(walker, left=rng.uniform(*plan.edges))
+            for _ in range(rng.integers(1, 6)):
+                beside = {
+                    "s": walker.s + rng.normal(0, 0.8),
+                    "left": walker.left + rng.normal(0, 0.8),
+                }
+                yield dataclasses.replace(walker, parts=_pedestrian(rng), **beside)
+
+
+def _roadside(rng: Generator, plan: Plan) -> Iterator[Thing]:
+    """Clutter, poles, cones, trees, bushes, hedges and fences on either side."""
+    for edge, outward in zip(plan.edges, (-1, 1), strict=True):
+        for s in _spaced(rng, plan.behind, plan.ahead, 1, rng.uniform(3, 14)):
+            left = edge + outward * rng.uniform(2.5, 14)
+            make = (_clutter, _pole, _tree, _bush, _hedge)[rng.choice(5)]
+            parts, heading = make(rng), rng.normal(0, 0.1)
+            if rng.random() < 0.08:
+                yield Thing(_cone(rng), s, edge, category="CONSTRUCTION_CONE")
+            elif not plan.is_road(s):
+                yield Thing(parts, s, left, heading)
+
+
+def _houses(rng: Generator, plan: Plan) -> Iterator[Thing]:
+    """Houses in a row or far apart."""
+    for edge, outward in zip(plan.edges, (-1, 1), strict=True):
+        front, s = rng.uniform(4, 16), plan.behind
+        gap = rng.uniform(0, 4) if rng.random() < 0.6 else rng.uniform(4, 40)
+        while s < plan.ahead:
+            half = rng.uniform(3, 12), rng.uniform(3, 8), rng.uniform(1.5, 8)
+            house = Part(BOX, (0, 0, half[2] - 0.5), half)
+            porch = Part(BOX, (rng.uniform(-2, 2), -outward * half[1], 1.2), (1, 0.7, 1.7))
+            s += half[0]
+            if not (plan.is_road(s - half[0]) or plan.is_road(s) or plan.is_road(s + half[0])):
+                yield Thing(
+                    (house, porch), s, edge + outward * (front + half[1]), rng.normal(0, 0.1)
+                )
+            s += half[0] + rng.uniform(-3, gap)
+
+
+def _pole(rng: Generator) -> tuple[Part, ...]:
+    radius, height = rng.uniform(0.04, 0.25), rng.uniform(0.5, 4)
+    sign = Part(BOX, (0, 0, 2 * height), (0.02, rng.uniform(0.2, 0.5), rng.uniform(0.2, 0.5)))
+    stem = Part(BOX, (0, 0, height), (radius, radius, height))
+    return (stem, sign) if rng.random() < 0.4 else (stem,)
+
+
+def _cone(rng: Generator) -> tuple[Part, ...]:
+    radius = rng.uniform(0.12, 0.18)
+    return (Part(ELLIPSOID, (0, 0, 0.35), (radius, radius, 0.4)),)
+
+
+def _tree(rng: Generator) -> tuple[Part, ...]:
+    """A stem, and a crown into which rays get."""
+    radius, height = rng.uniform(0.08, 0.3), rng.uniform(2.5, 5)
+    stem = Part(BOX, (0, 0, height / 2), (radius, radius, height / 2))
+    crown = Part(ELLIPSOID, (0, 0, height), tuple(rng.uniform(1, 2.8, 3)), rng.uniform(0.3, 1.5))
+    return stem, crown
+
+
+def _bush(rng: Generator) -> tuple[Part, ...]:
+    half = rng.uniform(0.3, 1.5, 3)
+    return (Part(ELLIPSOID, (0, 0, half[2] * 0.8), tuple(half), rng.uniform(0.1, 0.6)),)
+
+
+def _hedge(rng: Generator) -> tuple[Part, ...]:
+    """A hedge, or a fence of wire or slats through which a part of the rays passes."""
+    length, height = rng.uniform(1.5, 6), rng.uniform(0.4, 1.0)
+    if rng.random() < 0.5:
+        return (Part(BOX, (0, 0, height), (length, rng.uniform(0.2, 0.5), height), 0.2),)
+    return (Part(BOX, (0, 0, height), (length, 0.03, height), rng.uniform(0.03, 0.2)),)
+
+
+class Footprint(NamedTuple):
+    """What a thing covers on the ground, at three moments."""
+
+    places: np.ndarray  # (3,) complex: s + i left, m
+    headings: np.ndarray  # (3,) rad
+    low: np.ndarray  # (3,) its lowest corner, in its own frame
+    high: np.ndarray  # (3,) its highest corner
+    radius: float  # of a circle around its place that holds it, m
+
+
+def _footprint(thing: Thing, seconds: float) -> Footprint:
+    """A thing now, after half of some seconds, and after all of them."""
+    places, headings = zip(*(thing.at(share * seconds) for share in (0.0, 0.5, 1.0)), strict=True)
+    low, high = thing.bounds()
+    radius = np.hypot(*np.maximum(-low, high)[:2])
+    return Footprint(np.array(places), np.array(headings), low, high, radius)
+
+
+def _meets_any(footprint: Footprint, others: list[Footprint]) -> bool:
+    """Whether a thing stands or drives into another one."""
+    # Most are too far away, which their circles tell.
+    places = np.array([other.places for other in others])  # (O, 3)
+    reach = footprint.radius + np.array([other.radius for other in others]) + 0.5  # (O,)
+    is_near = (np.abs(places - footprint.places) < reach[:, None]).any(axis=1)
+    for index in np.flatnonzero(is_near):
+        if _enters(footprint, others[index]) or _enters(others[index], footprint):
+            return True
+    return False
+
+
+def _enters(thing: Footprint, other: Footprint) -> bool:
+    """Whether one of nine points of a thing lies in another's rectangle, or within 0.3 m of it."""
+    # Both are convex and about as large, so nine points each, taken both ways, find all meetings.
+    x = np.linspace(thing.low[0], thing.high[0], 3)
+    y = np.linspace(thing.low[1], thing.high[1], 3)
+    corners = np.add.outer(x, 1j * y).ravel()  # (9,)
+    points = thing.places[:, None] + corners * np.exp(1j * thing.headings[:, None])  # (3, 9)
+    local = (points - other.places[:, None]) * np.exp(-1j * other.headings[:, None])
+    is_inside = (local.real > other.low[0] - 0.3) & (local.real < other.high[0] + 0.3)
+    is_inside &= (local.imag > other.low[1] - 0.3) & (local.imag < other.high[1] + 0.3)
+    return bool(is_inside.any())
+
+
 # --- The lidars -----------------------------------------------------------------------------------
 
 
@@ -404,7 +684,7 @@ class Rays(NamedTuple):
 
 
 def cast_sweep(street: Street, time_s: float, settings: StreetSettings, rng: Generator) -> Sweep:
-    """Return what the two lidars see of the street at one moment."""
+    """Return what the lidars see of the street at one moment."""
     street_SE3_ego = street.street_SE3_ego(time_s)
     ego_SE3_street = data.inverse(street_SE3_ego)
     ego_SE3_things = []
@@ -412,9 +692,9 @@ def cast_sweep(street: Street, time_s: float, settings: StreetSettings, rng: Gen
         ego_SE3_things.append(ego_SE3_street @ street.street_SE3_thing(thing, time_s))
 
     of_lidars = []
-    for lidar in range(len(LIDAR_ORIGINS)):
-        rays = _rays_of(lidar, settings, rng)
-        distance, hit = _cast(rays, street, street_SE3_ego, ego_SE3_things)  # (E, A) each
+    for lidar in range(len(street.sensor.origins)):
+        rays = _rays_of(street.sensor, lidar, settings, rng)
+        distance, hit = _cast(rays, street, street_SE3_ego, ego_SE3_things, rng)  # (E, A) each
 
         # Noise, the limits of the range, and lost returns.
         distance += rng.normal(0, settings.range_noise_m, distance.shape)
@@ -424,27 +704,28 @@ def cast_sweep(street: Street, time_s: float, settings: StreetSettings, rng: Gen
         # From a table of rays to a list of N returns.
         beam, column = np.nonzero(is_return)
         points = rays.origin + (distance[is_return] * rays.direction[:, is_return]).T  # (N, 3)
-        offset_ns = rays.turn[column] % 1 * SWEEP_NS
+        offset_ns = rays.turn[column] % 1 * street.sensor.sweep_ns
         of_lidars.append((points, rays.laser[beam], offset_ns, hit[is_return]))
     return Sweep(*(np.concatenate(parts) for parts in zip(*of_lidars, strict=True)))
 
 
-def _rays_of(lidar: int, settings: StreetSettings, rng: Generator) -> Rays:
+def _rays_of(sensor: Sensor, lidar: int, settings: StreetSettings, rng: Generator) -> Rays:
     """The rays of one turn of lidar 0 (upright) or 1 (upside down, half a turn away)."""
     # Each turn starts at an angle of its own, so no two sweeps sample the same directions.
-    turn = (np.arange(settings.azimuths) + rng.random()) / settings.azimuths
+    azimuths = round(settings.azimuths * sensor.azimuths)
+    turn = (np.arange(azimuths) + rng.random()) / azimuths
     azimuth = 2 * np.pi * turn + np.pi * lidar
 
     # Upside down, a beam that points up in the lidar's frame points down.
-    beams = np.arange(0, len(BEAM_ELEVATIONS_DEG), settings.beam_step)
+    beams = np.arange(0, len(sensor.elevations_deg), settings.beam_step)
     upright = 1 if lidar == 0 else -1
-    elevation = np.radians(BEAM_ELEVATIONS_DEG[beams] * upright)[:, None]  # (E, 1)
+    elevation = np.radians(sensor.elevations_deg[beams] * upright)[:, None]  # (E, 1)
 
     level = np.cos(elevation)
     x, y, z = level * np.cos(azimuth), level * np.sin(azimuth), np.sin(elevation)
     direction = np.stack(np.broadcast_arrays(x, y, z))  # (3, E, A)
-    laser = beams + len(BEAM_ELEVATIONS_DEG) * lidar
-    return Rays(LIDAR_ORIGINS[lidar], direction, turn, azimuth, laser, settings.range_m)
+    laser = beams + len(sensor.elevations_deg) * lidar
+    return Rays(sensor.origins[lidar], direction, turn, azimuth, laser, settings.range_m)
 
 
 def _cast(
@@ -452,6 +733,7 @@ def _cast(
     street: Street,
     street_SE3_ego: np.ndarray,
     ego_SE3_things: list[np.ndarray],
+    rng: Generator,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Where each ray ends: its length (E, A), and the thing it hits (E, A), -1 for the ground."""
     distance = _cast_at_ground(rays, street, street_SE3_ego)
@@ -459,7 +741,7 @@ def _cast(
 
     # A ray ends at the nearest surface, whatever the order in which the things are cast.
     for index, (thing, ego_SE3_thing) in enumerate(zip(street.things, ego_SE3_things, strict=True)):
-        columns, to_thing = _cast_at_thing(rays, thing, ego_SE3_thing)
+        columns, to_thing = _cast_at_thing(rays, thing, ego_SE3_thing, rng)
         is_nearer = to_thing < distance[:, columns]
         distance[:, columns] = np.where(is_nearer, to_thing, distance[:, columns])
         hit[:, columns] = np.where(is_nearer, index, hit[:, columns])
@@ -497,7 +779,7 @@ def _cast_at_ground(rays: Rays, street: Street, street_SE3_ego: np.ndarray) -> n
 
 
 def _cast_at_thing(
-    rays: Rays, thing: Thing, ego_SE3_thing: np.ndarray
+    rays: Rays, thing: Thing, ego_SE3_thing: np.ndarray, rng: Generator
 ) -> tuple[np.ndarray, np.ndarray]:
     """The columns (n,) of rays that can meet the thing, and the distances (E, n) at which they do.
 
@@ -529,12 +811,21 @@ def _cast_at_thing(
         cast = _cast_at_cube if part.shape == BOX else _cast_at_sphere
         half = np.array(part.half)[:, None, None]
         scaled_start = (start - part.center)[:, None, None] / half
-        nearest = np.minimum(nearest, cast(scaled_start, direction / half))
+        enter, leave = cast(scaled_start, direction / half)
+        if part.clear_m:
+            # Leaves and wire: a ray returns from somewhere inside, or gets through. No two sweeps
+            # hit the same leaves.
+            enter = enter + rng.exponential(part.clear_m, enter.shape)
+            enter = np.where(enter < leave, enter, np.inf)
+        nearest = np.minimum(nearest, enter)
     return columns, nearest
 
 
-def _cast_at_cube(start: np.ndarray, direction: np.ndarray) -> np.ndarray:
-    """Distances from outside to the cube [-1, 1]^3, infinite where a ray misses it."""
+def _cast_at_cube(start: np.ndarray, direction: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Distances at which rays enter and leave the cube [-1, 1]^3 from outside.
+
+    The first is infinite where a ray misses it.
+    """
     # Per axis, a ray is between the two faces from one crossing to the other. It is inside the cube
     # while that holds for all axes. A ray parallel to a face divides by zero: its crossings are
     # infinite, as they should be, or NaN, which counts as a miss.
@@ -542,18 +833,19 @@ def _cast_at_cube(start: np.ndarray, direction: np.ndarray) -> np.ndarray:
         one, other = (-1 - start) / direction, (1 - start) / direction
     enter = np.minimum(one, other).max(axis=0)
     leave = np.maximum(one, other).min(axis=0)
-    return np.where((enter <= leave) & (enter > 0), enter, np.inf)
+    return np.where((enter <= leave) & (enter > 0), enter, np.inf), leave
 
 
-def _cast_at_sphere(start: np.ndarray, direction: np.ndarray) -> np.ndarray:
-    """Distances from outside to the unit sphere, infinite where a ray misses it."""
+def _cast_at_sphere(start: np.ndarray, direction: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The same for the unit sphere."""
     # |start + t direction|^2 = 1 is a t^2 + 2 b t + c = 0. The ray enters at the smaller root.
     a = (direction**2).sum(axis=0)
     b = (direction * start).sum(axis=0)
     c = (start**2).sum() - 1
     root = b**2 - a * c
-    enter = (-b - np.sqrt(np.maximum(root, 0))) / a
-    return np.where((root >= 0) & (enter > 0), enter, np.inf)
+    root, is_hit = np.sqrt(np.maximum(root, 0)), root >= 0
+    enter, leave = (-b - root) / a, (-b + root) / a
+    return np.where(is_hit & (enter > 0), enter, np.inf), leave
 
 
 # --- The files ------------------------------------------------------------------------------------
@@ -568,7 +860,8 @@ def _write_log(folder: Path, log_id: str, settings: StreetSettings, number: int)
 
     pose_rows, box_rows = [], []
     for i in range(settings.sweeps):
-        timestamp_ns, time_s = first_ns + i * SWEEP_NS, i * SWEEP_NS * 1e-9
+        since_first_ns = i * street.sensor.sweep_ns
+        timestamp_ns, time_s = first_ns + since_first_ns, since_first_ns * 1e-9
         sweep = cast_sweep(street, time_s, settings, rng)
         _write_sweep(folder / "sensors" / "lidar" / f"{timestamp_ns}.feather", sweep)
         city_SE3_ego = city_SE3_street @ street.street_SE3_ego(time_s)
@@ -577,7 +870,8 @@ def _write_log(folder: Path, log_id: str, settings: StreetSettings, number: int)
 
     _write_feather(folder / "city_SE3_egovehicle.feather", pose_rows)
     _write_feather(folder / "annotations.feather", box_rows)
-    _write_calibration(folder / "calibration" / "egovehicle_SE3_sensor.feather")
+    file = folder / "calibration" / "egovehicle_SE3_sensor.feather"
+    _write_calibration(file, street.sensor)
     _write_map(folder / "map", log_id, street, settings)
 
 
@@ -634,13 +928,14 @@ def _box_columns(thing: Thing, ego_SE3_thing: np.ndarray) -> dict[str, float]:
     return {**size, **_pose_columns(ego_SE3_thing @ thing_SE3_box)}
 
 
-def _write_calibration(file: Path) -> None:
-    """Write the poses of the two lidars in the ego frame."""
+def _write_calibration(file: Path, sensor: Sensor) -> None:
+    """Write the poses of the lidars in the ego frame."""
     # Quaternions, w first: the identity, and half a turn about x, which is upside down.
     quaternions = {"up_lidar": (1.0, 0.0, 0.0, 0.0), "down_lidar": (0.0, 1.0, 0.0, 0.0)}
     rows = []
-    for (name, quaternion), origin in zip(quaternions.items(), LIDAR_ORIGINS.tolist(), strict=True):
-        pose = dict(zip(data.POSE_COLUMNS, (*quaternion, *origin), strict=True))
+    names = list(quaternions)[: len(sensor.origins)]
+    for name, origin in zip(names, sensor.origins.tolist(), strict=True):
+        pose = dict(zip(data.POSE_COLUMNS, (*quaternions[name], *origin), strict=True))
         rows.append({"sensor_name": name, **pose})
     _write_feather(file, rows)
 
@@ -670,7 +965,8 @@ def _write_map(folder: Path, log_id: str, street: Street, settings: StreetSettin
 def _write_raster(folder: Path, log_id: str, street: Street, settings: StreetSettings) -> None:
     """Write the height of the ground (city frame, 0.3 m per pixel), and the Sim2 to its pixels."""
     # The raster reaches as far as the lidars see from anywhere on the ego's path, and 2 m farther.
-    path_s = np.linspace(0, 0.1 * settings.sweeps * street.ego_mps, 20)
+    seconds = street.sensor.sweep_ns / 1e9 * settings.sweeps
+    path_s = np.linspace(0, seconds * street.ego_mps, 20)
     path_x, path_y, _ = street.place(path_s, 0.0)
     margin, pixel_m = settings.range_m + 2, 0.3
     low = np.array([path_x.min(), path_y.min()]) - margin  # of the raster, in the street frame

@@ -73,7 +73,8 @@ class TrainSettings:
 
     # What to learn from.
 
-    # other defaults: street, zeroflow-1x (-3x, -5x), zeroflow-xl-1x (-3x, -5x), fastflow3d (-xl)
+    # other defaults: street, world, zeroflow-1x (-3x, -5x), zeroflow-xl-1x (-3x, -5x), fastflow3d
+    # (-xl)
     preset: str | None = None
     data: tuple[str, ...] = ()  # splits, logs or folders of clouds to learn from
     labels: tuple[str, ...] = ()  # one folder of labels for each --data, in the same order
@@ -138,6 +139,12 @@ class TrainSettings:
 _STREET = {"model": "narrow", "steps": 8000, "batch_size": 1, "micro_batch": 1, "workers": 0}
 _STREET |= {"lr": 2e-3, "cosine": True, "weighted_share": 0.5, "clip_norm": 0.5, "mirror": True}
 
+# Ours, for streets of all kinds seen by several kinds of LiDAR: see `experiments.py weights`. Pairs
+# are turned and raised, since a student that shall work on any LiDAR must not learn where a road
+# lies, or how high above it the ego's origin is.
+_WORLD = _STREET | {"model": "small", "steps": 16_000, "dtype": "bfloat16", "workers": 1}
+_WORLD |= {"turn": True, "height_m": 0.3, "checkpoint_every": 500}
+
 # The paper's runs. 3x and 5x take the Sensor data set first and then the LiDAR data set, of which
 # there are three folders: train, val and test. XL was trained on six GPUs with two pairs each.
 _1X = {"sweeps_per_log": (145,)}
@@ -146,6 +153,7 @@ _5X = {"sweeps_per_log": (145, None), "pairs_per_log": (None, 24)}
 _XL = {"model": "xl", "batch_size": 12, "micro_batch": 2}
 PRESETS = {
     "street": _STREET,
+    "world": _WORLD,
     "zeroflow-1x": _1X,
     "zeroflow-3x": _3X,
     "zeroflow-5x": _5X,

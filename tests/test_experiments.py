@@ -9,6 +9,8 @@ from test_train import STREET
 import data
 import demo
 import experiments
+import fastflow3d
+import nsfp
 import train
 import zeroflow
 
@@ -161,3 +163,30 @@ def test_why_compares_labels_with_students_of_both_errors(
         line for line in lines if line.startswith(("labels of 2 logs", "student", "the teacher"))
     ]
     assert len(rows) == 6 and all(len(row.split()) >= 6 for row in rows)
+
+
+def test_weights_are_made_kept_and_small(tmp_path, monkeypatch, capsys):
+    """The whole recipe with few rays and two steps; the second time nothing is made."""
+    few_rays = dataclasses.replace(experiments.WORLD, azimuths=60, beam_step=8, sweeps=2)
+    monkeypatch.setattr(experiments, "WORLD", few_rays)
+    monkeypatch.setattr(experiments, "WORLD_VALIDATION_LOGS", 1)
+    quick = dataclasses.replace(nsfp.TEACHERS["fast"], priors=1, iterations=2, refine="none")
+    monkeypatch.setitem(nsfp.TEACHERS, "fast", quick)
+    command = ["weights", "--out", str(tmp_path), "--train-logs", "2", "--steps", "2"]
+    assert experiments.main(command) == 0
+    assert "wrote " + str(tmp_path / "street.pt") in capsys.readouterr().out
+    times = {file: file.stat().st_mtime_ns for file in (tmp_path / "train").rglob("*.feather")}
+    before = (tmp_path / "street.pt").read_bytes()
+    assert experiments.main(command) == 0
+    assert times == {file: file.stat().st_mtime_ns for file in times}
+    assert (tmp_path / "street.pt").read_bytes() == before and len(before) < 8e6
+
+    # In half precision, the student is the run's, within a thousandth of each weight.
+    own = fastflow3d.load_checkpoint(tmp_path / "street.pt").state_dict()
+    for name, value in (
+        fastflow3d.load_checkpoint(tmp_path / "run" / "last.pt").state_dict().items()
+    ):
+        torch.testing.assert_close(own[name], value, rtol=1e-3, atol=1e-4)
+    # The other kind of labels has a run of its own.
+    assert experiments.main([*command, "--supervised"]) == 0
+    assert (tmp_path / "run from true flow" / "last.pt").exists()

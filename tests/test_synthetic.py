@@ -201,3 +201,126 @@ def test_boxes_hold_what_was_cast_and_give_the_motion_that_was_meant(full_pair):
 
     # Range noise puts a few points outside.
     assert (full_pair.category[is_moving] > 0).float().mean() > 0.995
+
+
+# --- Streets of all kinds -------------------------------------------------------------------------
+
+# Few rays are enough to know what is written; the streets themselves do not depend on them.
+WORLD = dataclasses.replace(PRESETS["world"], azimuths=120, beam_step=4)
+
+
+def test_what_turns_follows_its_arc_and_looks_along_it():
+    """By a thousand small straight steps."""
+    part = synthetic.Part(synthetic.BOX, (0, 0, 1), (2, 1, 1))
+    thing = synthetic.Thing((part,), 5.0, -3.0, 0.4, 6.0, 2.5, turn_radps=-0.8)
+    place, velocity, step_s = complex(5, -3), complex(6, 2.5), 0.7 / 1000
+    for _ in range(1000):
+        velocity *= np.exp(-0.4j * step_s)
+        place += velocity * step_s
+        velocity *= np.exp(-0.4j * step_s)
+    found, heading = thing.at(0.7)
+    assert abs(found - place) < 1e-6
+    assert heading == pytest.approx(0.4 - 0.8 * 0.7)
+
+
+def test_leaves_are_hit_in_other_places_in_each_sweep_and_some_rays_get_through():
+    """A hedge 2 m thick, 5 m ahead, before a wall; a ray gets 1 m deep on average."""
+    hedge = synthetic.Part(synthetic.BOX, (0, 0, 2.0), (1.0, 20, 2.0), clear_m=1.0)
+    wall = synthetic.Part(synthetic.BOX, (0, 0, 5.0), (0.1, 20, 5.0))
+    things = [synthetic.Thing((hedge,), 6.0, 0.0), synthetic.Thing((wall,), 9.0, 0.0)]
+    street = synthetic.Street(0.0, np.zeros((1, 4)), things, 0.0)
+    settings = synthetic.StreetSettings(azimuths=720, range_m=50, range_noise_m=0.0, dropout=0.0)
+    rng = np.random.default_rng(0)
+    depths = []
+    for _ in range(2):
+        sweep = synthetic.cast_sweep(street, 0.0, settings, rng)
+        x, y, z = sweep.points.T
+        azimuth, rise = np.arctan2(y, x - 1.35), (z - 1.6) / np.hypot(x - 1.35, y)
+        is_level = (np.abs(azimuth) < 0.2) & (np.abs(rise) < 0.05)
+        in_hedge = sweep.points[(sweep.thing == 0) & is_level]
+        on_wall = sweep.points[(sweep.thing == 1) & is_level]
+        assert in_hedge[:, 0].min() > 5 - 1e-9 and in_hedge[:, 0].max() < 7 + 1e-9
+        # Of rays that cross 2 m, a share of exp(-2) gets through: those at the sides cross more.
+        through = len(on_wall) / (len(on_wall) + len(in_hedge))
+        assert through == pytest.approx(np.exp(-2), abs=0.03)
+        depths.append(in_hedge[:, 0] - 5)
+    # An exponential distribution of mean 1, cut off at 2, has the mean 1 - 2 / (exp(2) - 1).
+    assert np.mean(np.concatenate(depths)) == pytest.approx(1 - 2 / (np.exp(2) - 1), abs=0.05)
+    assert len(np.intersect1d(*depths)) == 0
+
+
+def test_the_world_has_fast_traffic_in_all_directions_and_three_kinds_of_lidar():
+    streets = [synthetic.make_street(WORLD, number) for number in range(60)]
+    speeds_s, speeds_left, turning = [], [], 0
+    for street in streets:
+        vehicles = [thing for thing in street.things if thing.category == "REGULAR_VEHICLE"]
+        speeds_s += [thing.s_mps for thing in vehicles]
+        speeds_left += [thing.left_mps for thing in vehicles]
+        turning += sum(thing.turn_radps != 0 for thing in vehicles)
+    assert max(speeds_s) > 18 and min(speeds_s) < -18
+    assert max(speeds_left) > 12 and min(speeds_left) < -12
+    assert np.hypot(speeds_s, speeds_left).max() < 34 and turning > 10
+    beams = [len(street.sensor.elevations_deg) * len(street.sensor.origins) for street in streets]
+    gaps_ns = {street.sensor.sweep_ns for street in streets}
+    assert gaps_ns == {50_000_000, 100_000_000}
+    assert beams.count(32) > 3  # nuScenes
+    heights = [street.sensor.ego_height_m for street in streets]
+    assert min(heights) < 0.5 and 1.6 < max(heights) < 2.1
+
+
+def test_in_the_world_nothing_drives_through_anything_else():
+    """At three moments, the corners and the middle of whatever moves are in no other footprint."""
+    for number in range(6):
+        street = synthetic.make_street(WORLD, number)
+        labeled = [
+            thing for thing in street.things if thing.category not in (None, "CONSTRUCTION_CONE")
+        ]
+        for time_s in (0.0, 0.15, 0.3):
+            for thing in labeled:
+                low, high = thing.bounds()
+                place, heading = thing.at(time_s)
+                corners = [complex(x, y) for x in (low[0], high[0]) for y in (low[1], high[1])]
+                points = place + np.array([0, *corners]) * np.exp(1j * heading)
+                for other in labeled:
+                    low, high = other.bounds()
+                    place, heading = other.at(time_s)
+                    inside = (points - place) * np.exp(-1j * heading)
+                    is_in = (inside.real > low[0]) & (inside.real < high[0])
+                    is_in &= (inside.imag > low[1]) & (inside.imag < high[1])
+                    assert other is thing or not is_in.any()
+
+
+def test_logs_of_the_world_are_read_with_their_own_lidar_rate_and_motion(tmp_path):
+    """True flow, from the boxes in the files, is the motion of the street's own things."""
+    settings = dataclasses.replace(WORLD, range_noise_m=0.0, dropout=0.0)
+    synthetic.write_logs(tmp_path, 8, settings)
+    dataset = data.open_dataset(tmp_path)
+    assert len(dataset) == 8 * (settings.sweeps - 1) and dataset.skipped == []
+    compared = 0
+    for number in range(8):
+        pair, street = dataset[2 * number], synthetic.make_street(settings, number)
+        sensor = street.sensor
+        assert pair.seconds == sensor.sweep_ns / 1e9
+        in_ego0 = np.linalg.inv(pair.ego1_SE3_ego0.numpy())
+        expected = data.transform(in_ego0, sensor.origins.mean(axis=0)[None])[0]
+        np.testing.assert_allclose(pair.lidar1, expected, atol=1e-9)
+
+        # Cast again, to learn which thing each point belongs to, and move the points with it.
+        rng = np.random.default_rng([settings.seed, number, 1])
+        sweep = synthetic.cast_sweep(street, 0.0, settings, rng)
+        street_SE3_ego = street.street_SE3_ego(0.0)
+        for index in np.unique(sweep.thing[sweep.thing >= 0]):
+            thing = street.things[index]
+            rows = np.flatnonzero((sweep.thing == index) & pair.is_valid.numpy())
+            if thing.category != "REGULAR_VEHICLE" or not len(rows):
+                continue
+            poses = [street.street_SE3_thing(thing, time_s) for time_s in (0.0, pair.seconds)]
+            moved = (
+                np.linalg.inv(street_SE3_ego) @ poses[1] @ np.linalg.inv(poses[0]) @ street_SE3_ego
+            )
+            points = sweep.points[rows]
+            meant = data.transform(moved, points) - points
+            is_close = np.abs(pair.flow[rows].numpy() - meant).max(axis=1) < 0.01
+            assert is_close.mean() > 0.9, thing  # x, y, z are stored as float16
+            compared += len(rows)
+    assert compared > 1000
