@@ -297,10 +297,35 @@ def test_of_a_published_student_it_is_said_what_is_assumed(tmp_path, street_fold
     assert f"{file}: {said}" in capsys.readouterr().err
 
 
+def test_without_a_method_the_student_that_comes_with_the_project_is_taken_and_named(
+    tmp_path, street_folder, street, student_file, capsys, monkeypatch
+):
+    monkeypatch.setattr(commands, "OUR_WEIGHTS", student_file)
+    said = "no --checkpoint: taking our own, which has learned from synthetic streets alone"
+    folder, with_own = ["--data", str(street_folder)], ["--checkpoint", str(student_file)]
+    for command, out in (("show", "a.png"), ("video", "a.gif"), ("predict", "flow")):
+        made = []
+        for name, options in (("without", []), ("with", with_own)):
+            place = tmp_path / name / out
+            place.parent.mkdir(exist_ok=True)
+            assert commands.main([command, *folder, *options, "--out", str(place)]) == 0
+            made.append(place)
+            # Named on the command line, it is taken as any other file.
+            assert (said in capsys.readouterr().err) == (name == "without")
+        if command != "predict":
+            assert made[0].read_bytes() == made[1].read_bytes()
+            continue
+        for key in street.pair_keys:
+            there = [place / key.log_id / f"{key.timestamp0_ns}.feather" for place in made]
+            assert there[0].read_bytes() == there[1].read_bytes()
+    # Whoever asks for something else gets that alone.
+    argv = ["show", *folder, "--truth", "--out", str(tmp_path / "truth.png")]
+    assert commands.main(argv) == 0 and said not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--out", "a.gif"], "nothing to show: give --checkpoint"),
         (["--truth"], "nothing to write: give --out"),
         (["--truth", "--out", "a.avi"], "choose a name that ends in .gif"),
         (["--truth", "--out", "a.gif", "--range", "-1"], "--range -1.0: must be positive"),
