@@ -15,11 +15,14 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PathCollection
 from matplotlib.colors import hsv_to_rgb
+from matplotlib.container import Container
 from matplotlib.figure import Figure
+from matplotlib.patches import Circle, Rectangle
 
 import metrics
 from data import DYNAMIC_THRESHOLD_M, SweepPair
@@ -804,4 +807,215 @@ def pillars_figure(
         axis.set_ticks(borders[::2])
     ax.grid(which="both", alpha=0.6)
     ax.legend()
+    return figure
+
+
+# Colors of groups of points, wherever groups are compared. Static points are gray, as in a flow.
+GROUPS = {"moving": "tab:red", "background": "0.5"}
+
+
+def claim(
+    figure: Figure, title: str, places: dict[str, tuple[float, float, float]] | None = None
+) -> Figure:
+    """Give a figure the claim that it shows as its title, and return it.
+
+    places: text -> (x, y, radius) in meters; a circle with that text in every panel. Legends move
+    from the panels to their right. What is named in METHODS or GROUPS gets its color from there.
+    """
+    panels = [ax for ax in figure.axes if ax.get_label() != "<colorbar>"]
+    if any(ax.get_aspect() == 1 for ax in panels):
+        figure.set_layout_engine("compressed")  # for panels that may not be stretched
+    if len(panels) == 1:
+        panels[0].set_title(title)
+    else:
+        figure.suptitle(title)
+
+    for ax in panels:
+        for text, (x, y, radius) in (places or {}).items():
+            ax.add_patch(Circle((x, y), radius, fill=False, edgecolor="black", linewidth=1.5))
+            style = {"ha": "center", "va": "top", "fontsize": 9, "zorder": 4}
+            ax.text(x, y - 1.15 * radius, text, **style)
+        handles, labels = ax.get_legend_handles_labels()
+        for handle, label in zip(handles, labels, strict=True):
+            color = GROUPS.get(label, METHODS.get(label))
+            if color is None:
+                continue
+            # Bars are a container of artists. Of a histogram, only the first bar has the name, and
+            # the others are known by their color. A line is one artist.
+            artists = [handle]
+            if isinstance(handle, Container):
+                artists = list(handle)
+            elif isinstance(handle, Rectangle):
+                of_name = handle.get_facecolor()
+                artists = [patch for patch in ax.patches if patch.get_facecolor() == of_name]
+            for artist in artists:
+                artist.set_color(color)
+        if ax.get_legend() is not None:
+            ax.legend(handles, labels, loc="upper left", bbox_to_anchor=(1.01, 1))
+
+    # A legend of the whole figure is outside already, but it has the colors of before.
+    for legend in list(figure.legends):
+        legend.remove()
+        figure.legend(loc="outside right upper")
+    return figure
+
+
+def network_shapes(settings) -> dict[str, tuple[int, int, int]]:
+    """Channels, rows and columns of one sample after every step of the student.
+
+    The steps have the names of the student's modules, and come in the order of the forward pass.
+    settings: a `fastflow3d.FastFlow3DSettings`.
+    """
+    rows, columns = settings.cells
+    channels = [settings.pillar_channels, *settings.level_channels]  # finest to coarsest
+    levels = len(settings.level_channels)
+
+    # Each encoder step halves rows and columns. It sees one sweep at a time.
+    shapes = {"embedder": (channels[0], rows, columns)}
+    for level in range(1, levels + 1):
+        shapes[f"encoder_step_{level}"] = (channels[level], rows >> level, columns >> level)
+
+    # Each decoder step doubles them. From here on, both sweeps are side by side in the channels.
+    for step in range(1, levels + 1):
+        level = levels - step
+        shapes[f"decoder_step{step}"] = (2 * channels[level], rows >> level, columns >> level)
+    shapes[f"decoder_step{levels + 1}"] = shapes[f"decoder_step{levels}"]
+    return shapes
+
+
+def network_figure(settings) -> Figure:
+    """The student as a drawing, with channels x rows x columns after every step.
+
+    settings: a `fastflow3d.FastFlow3DSettings`. A text with a shape has as its `gid` the name that
+    the step has in `network_shapes`.
+    """
+    levels = len(settings.level_channels)
+    width, height = 8.9 + 2.15 * levels, 2.2 + 1.3 * levels
+    figure = Figure(figsize=(width, height))
+    ax = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(1.4 - height, 1.4))
+    ax.set_axis_off()
+
+    # Full resolution is drawn at y = 0, and each coarser level below the finer one. The encoder
+    # goes down to the right, the decoder up to the right.
+    down = [(3.1 + 1.1 * level, -1.3 * level) for level in range(levels + 1)]
+    up = [(down[-1][0] + 1.05 * (levels - level), -1.3 * level) for level in range(levels)]
+    _draw_encoder(ax, settings, down)
+    _draw_decoder(ax, settings, down, up)
+    _draw_head(ax, settings, down[0][0], up[0][0])
+    title = "The student halves the map and sees farther, then returns to the pillar of each point"
+    ax.text(width / 2, 1.28, title, ha="center", va="top", fontsize=12)
+    return figure
+
+
+def _draw_encoder(ax: Axes, settings, down: list[tuple[float, float]]) -> None:
+    """Both clouds, their pseudo-images and the maps of the encoder at the places `down`."""
+    shapes, sweeps = network_shapes(settings), (SWEEP0, SWEEP1)
+    _draw_box(ax, 0.7, 0.3, "sweep 0\nN0 × 3", SWEEP0)
+    _draw_box(ax, 0.7, -0.3, "sweep 1\nN1 × 3", SWEEP1)
+    _draw_note(ax, 1.85, 0.42, "9 numbers per point,\none linear layer,\nmean per pillar")
+    _draw_arrow(ax, (1.2, 0), (2.6, 0))
+    _draw_map(ax, shapes, "embedder", "2 pseudo-images", 0, down[0], sweeps)
+
+    # The same weights for both sweeps, one after the other.
+    for level in range(1, len(down)):
+        name, (x, y) = f"encoder_step_{level}", down[level]
+        _draw_map(ax, shapes, name, f"encoder {level}, twice", level, (x, y), sweeps)
+        _draw_arrow(ax, (x - 0.56, y + 0.9), (x - 0.2, y + _side(level) / 2 + 0.14))
+
+
+def _draw_decoder(
+    ax: Axes, settings, down: list[tuple[float, float]], up: list[tuple[float, float]]
+) -> None:
+    """The maps of the decoder at the places `up`, and what they get from the encoder's level."""
+    shapes, levels, joined = network_shapes(settings), len(up), (METHODS["student"],)
+    channels = [settings.pillar_channels, *settings.level_channels]
+    for level in reversed(range(levels)):
+        step, (x, y), left = levels - level, up[level], down[level][0]
+        _draw_map(ax, shapes, f"decoder_step{step}", f"decoder {step}", level, (x, y), joined)
+        _draw_arrow(ax, (x - 0.85, y - 0.92), (x - 0.55, y - 0.5))
+        _draw_arrow(ax, (left + 0.66, y), (x - 0.5, y), color="0.6")
+        _draw_note(ax, (left + x) / 2 + 0.1, y + 0.1, f"both sweeps: {2 * channels[level]}")
+    x, y = down[-1]
+    _draw_note(ax, x + 0.45, y, f"both sweeps: {2 * channels[-1]}", ha="left")
+
+    # The last convolution keeps the size.
+    x, name = up[0][0] + 1.6, f"decoder_step{levels + 1}"
+    _draw_map(ax, shapes, name, f"decoder {levels + 1}", 0, (x, 0), joined)
+    _draw_arrow(ax, (x - 1.1, 0), (x - 0.5, 0))
+
+
+def _draw_head(ax: Axes, settings, left: float, right: float) -> None:
+    """The way back to points. left, right: x of the pseudo-images and of the last decoder step."""
+    c, hidden, color = settings.pillar_channels, settings.head_channels, METHODS["student"]
+    inputs = f"{c} + {c} + {2 * c} + 3 = {4 * c + 3}"
+    _draw_arrow(ax, (right + 2.1, 0), (right + 2.5, 0))
+    _draw_box(ax, right + 3.4, 0, f"head, for each point\n{inputs}\n→ {hidden} → 3", color)
+    _draw_arrow(ax, (right + 4.3, 0), (right + 4.8, 0))
+    _draw_box(ax, right + 5.2, 0, "flow\nN0 × 3", color)
+
+    # Over everything else: what the head gets beside the decoder's map.
+    _draw_arrow(ax, (left + 0.2, 0.62), (right + 3.1, 0.42), color="0.6", bend=-0.74 / right)
+    text = f"both pseudo-images: {c} + {c}, and the offset in the pillar: 3"
+    _draw_note(ax, (left + right) / 2 + 1.75, 1.0, text)
+
+
+def _side(level: int) -> float:
+    """Of the square that is drawn for a map. At true scale, the coarsest would be a dot."""
+    return 0.9 * 0.8**level
+
+
+def _draw_map(
+    ax: Axes, shapes: dict, name: str, title: str, level: int, place: tuple, colors: tuple
+) -> None:
+    """A square for each color, one behind the other, with the title and the shape below."""
+    (x, y), side = place, _side(level)
+    for color, shift in reversed(list(zip(colors, (0.0, 0.12), strict=False))):
+        corner = (x - side / 2 + shift, y - side / 2 + shift)
+        style = {"facecolor": color, "edgecolor": "0.2", "linewidth": 1.0}
+        ax.add_patch(Rectangle(corner, side, side, **style))
+    shape = " × ".join(str(number) for number in shapes[name])
+    style = {"ha": "center", "va": "top", "fontsize": 9}
+    ax.text(x, y - side / 2 - 0.04, title, color="0.3", **style)
+    ax.text(x, y - side / 2 - 0.22, shape, gid=name, weight="bold", **style)
+
+
+def _draw_note(ax: Axes, x: float, y: float, text: str, **style) -> None:
+    usual = {"ha": "center", "va": "center", "fontsize": 9, "color": "0.3"}
+    ax.text(x, y, text, **(usual | style))
+
+
+def _draw_box(ax: Axes, x: float, y: float, text: str, color: str) -> None:
+    style = {"boxstyle": "round,pad=0.4", "facecolor": color, "edgecolor": "0.2", "alpha": 0.6}
+    _draw_note(ax, x, y, text, color="black", bbox=style)
+
+
+def _draw_arrow(ax: Axes, start: tuple, end: tuple, color: str = "0.2", bend: float = 0.0) -> None:
+    style = {"arrowstyle": "-|>", "color": color, "connectionstyle": f"arc3,rad={bend}"}
+    ax.annotate("", end, start, arrowprops=style)
+
+
+def receptive_field_figure(
+    pc0: torch.Tensor,
+    pc1: torch.Tensor,
+    squares: dict[str, tuple[float, float, float, float]],
+    title: str,
+    half_m: float = 25.6,
+) -> Figure:
+    """Both sweeps (N, 3) from above, and what each step of the network sees of them.
+
+    squares: text -> (x from, x to, y from, y to) in meters, from the smallest to the largest.
+    """
+    figure, axes = from_above([title], columns=1, half_m=half_m, panel_in=7.0)
+    figure.set_size_inches(9.5, 7.0)  # room for the legend
+    draw_points(axes[0], pc0, SWEEP0, size=5.0)
+    draw_points(axes[0], pc1, SWEEP1, size=5.0)
+    for name, color in (("sweep 0", SWEEP0), ("sweep 1", SWEEP1)):
+        axes[0].plot([], [], "o", color=color, label=name)
+
+    # From dark to light. The palest colors of the map would not be seen on white.
+    shades = np.linspace(0.15, 0.8, len(squares))
+    for shade, (text, (x0, x1, y0, y1)) in zip(shades, squares.items(), strict=True):
+        style = {"edgecolor": colormaps["magma"](shade), "linewidth": 2.0, "label": text}
+        axes[0].add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, **style))
+    axes[0].legend(loc="upper left", bbox_to_anchor=(1.01, 1))
     return figure

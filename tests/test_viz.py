@@ -1,0 +1,110 @@
+"""Figures that explain: what they show is what the code does."""
+
+import pytest
+import torch
+
+import fastflow3d
+import viz
+from fastflow3d import FastFlow3DSettings
+
+SETTINGS = {
+    "narrow": fastflow3d.MODELS["narrow"],
+    "not square, two levels": FastFlow3DSettings(
+        half_extent_m=(6.4, 3.2, 3.0),
+        cell_m=0.4,
+        pillar_channels=3,
+        level_channels=(5, 7),
+        level_blocks=(1, 2),
+        head_channels=11,
+    ),
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_the_shapes_in_the_drawing_of_the_network_are_those_of_a_forward_pass(settings):
+    model = fastflow3d.FastFlow3D(settings).eval()
+    shapes, into_head = {}, []
+
+    def keep(name):
+        def hook(module, inputs, output):
+            shapes[name] = tuple(output.shape[1:])
+
+        return hook
+
+    def keep_pseudo_image(module, inputs):
+        shapes["embedder"] = tuple(inputs[0].shape[1:])
+
+    model.backbone.register_forward_pre_hook(keep_pseudo_image)
+    for name, part in model.backbone.named_children():
+        part.register_forward_hook(keep(name))
+    for part in model.head.decoder:
+        part.register_forward_hook(lambda part, inputs, output: into_head.append(inputs[0].shape))
+    cloud = torch.rand(20, 3)
+    (flow,), _ = model([cloud], [cloud])
+    assert viz.network_shapes(settings) == shapes
+
+    texts = viz.network_figure(settings).axes[0].texts
+    drawn = {text.get_gid(): text.get_text() for text in texts if text.get_gid()}
+    as_text = {name: " × ".join(map(str, shape)) for name, shape in shapes.items()}
+    assert drawn == as_text
+
+    # The head: what goes in, its hidden channels, and the flow.
+    (head,) = [text.get_text() for text in texts if text.get_text().startswith("head")]
+    total = head.split("= ")[1].split()[0]
+    hidden, last = head.split("→ ")[1:]
+    found = [int(number) for number in (total, hidden, last)]
+    assert found == [into_head[0][1], into_head[2][1], flow.shape[1]]
+
+    # Before the pillars, nine numbers describe a point.
+    per_point = model.state_dict()["embedder.feature_net.pfn_layers.0.0.weight"].shape[1]
+    assert any(text.get_text().startswith(f"{per_point} numbers per point") for text in texts)
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_what_the_arrows_of_the_drawing_bring_to_the_decoder_are_the_channels_of_both_sweeps(
+    settings,
+):
+    model = fastflow3d.FastFlow3D(settings).eval()
+    brought = []
+    for i in range(len(settings.level_channels)):
+        step = model.backbone.get_submodule(f"decoder_step{i + 1}")
+        step.register_forward_hook(lambda step, inputs, output: brought.append(inputs[1].shape[1]))
+    cloud = torch.rand(20, 3)
+    model([cloud], [cloud])
+    texts = [text.get_text() for text in viz.network_figure(settings).axes[0].texts]
+    drawn = [int(text.split(": ")[1]) for text in texts if text.startswith("both sweeps: ")]
+    coarsest = 2 * settings.level_channels[-1]  # beside the last encoder, not on an arrow
+    assert drawn == [*brought, coarsest]
+
+
+def test_a_receptive_field_is_drawn_at_its_true_size():
+    points = torch.rand(5, 3)
+    square = (-1.0, 3.0, 2.0, 4.5)
+    figure = viz.receptive_field_figure(points, points, {"a field": square}, "title")
+    (patch,) = figure.axes[0].patches
+    x, y, width, height = *patch.get_xy(), patch.get_width(), patch.get_height()
+    assert (x, x + width, y, y + height) == square
+    assert figure.axes[0].get_aspect() == 1
+
+
+def test_a_claim_becomes_the_title_and_known_names_get_their_colors():
+    lines = {"background": ([0, 1], [0, 1]), "moving": ([0, 1], [1, 0]), "odd": ([0, 1], [1, 1])}
+    figure = viz.lines_figure(lines, "x", "y")
+    before = figure.axes[0].lines[2].get_color()
+    viz.claim(figure, "the claim")
+    assert figure.axes[0].get_title() == "the claim"
+    colors = [line.get_color() for line in figure.axes[0].lines]
+    assert colors == [viz.GROUPS["background"], viz.GROUPS["moving"], before]
+
+    histogram = viz.histogram_figure({"moving": torch.rand(50)}, "x", (0, 1))
+    bars = viz.claim(histogram, "the claim").axes[0].patches
+    assert len({bar.get_facecolor() for bar in bars}) == 1
+    assert bars[0].get_edgecolor() == bars[-1].get_edgecolor()
+
+
+def test_a_claim_marks_places_in_every_panel_but_not_in_a_color_bar():
+    images = {"one": torch.rand(4, 4), "two": torch.rand(4, 4)}
+    figure = viz.claim(viz.images_figure(images, 2.0, "value"), "both", {"here": (1.0, 0.5, 0.3)})
+    texts = [[text.get_text() for text in ax.texts] for ax in figure.axes]
+    assert texts == [["here"], ["here"], []]
+    assert figure.axes[0].patches[0].center == (1.0, 0.5)
