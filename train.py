@@ -97,6 +97,9 @@ class TrainSettings:
 
     # The student, and how it learns.
 
+    # begin with the weights of this checkpoint or published file, for example weights/street.pt
+    # (--model small); published: begin with random ones
+    init: str | None = None
     model: Literal["narrow", "small", "normal", "xl"] = "normal"  # size of the student
     epochs: int = 50  # how often every pair is shown; later code of the authors: 20
     steps: int | None = None  # how many steps to train; none: as many as the epochs have
@@ -220,6 +223,8 @@ def check_settings(settings: TrainSettings) -> None:
     if settings.batch_size < world:
         raise DataError(f"--batch-size {settings.batch_size}: is less than the {world} processes")
     check_device(settings.device)
+    if settings.init is not None and not settings.resume:
+        first_weights(settings)
 
     # A run never overwrites another one.
     folder = Path(settings.out)
@@ -735,12 +740,30 @@ def _threads(settings: TrainSettings) -> contextlib.AbstractContextManager:
 
 
 def new_student(settings: TrainSettings) -> tuple[fastflow3d.FastFlow3D, torch.optim.Optimizer]:
-    """A student in training mode, whose first weights depend on the seed, and its optimizer."""
+    """A student in training mode, and its optimizer.
+
+    Its first weights are those of `init`, or random ones, which depend on the seed.
+    """
     torch.manual_seed(settings.seed)
     model = fastflow3d.FastFlow3D(fastflow3d.MODELS[settings.model])
+    if settings.init is not None and not settings.resume:
+        model = first_weights(settings)
     # Convolutions are fastest if the channels of a pixel are neighbors in memory.
     model.to(settings.device, memory_format=torch.channels_last).train()
     return model, torch.optim.Adam(model.parameters(), lr=settings.lr)
+
+
+def first_weights(settings: TrainSettings) -> fastflow3d.FastFlow3D:
+    """The student in `init`. Raises DataError if it is not of the model to train."""
+    try:
+        model = fastflow3d.load_checkpoint(settings.init)
+    except ValueError as error:
+        raise DataError(f"--init: {error}") from error
+    names = [name for name, known in fastflow3d.MODELS.items() if known == model.settings]
+    if settings.model not in names:
+        found = f"holds a student of --model {names[0]}" if names else f"holds {model.settings}"
+        raise DataError(f"--init {settings.init}: {found}, not of {settings.model}")
+    return model
 
 
 class StepResult(NamedTuple):

@@ -111,6 +111,46 @@ def test_mirrored_pairs_exchange_left_and_right_and_front_and_back_alike():
     assert len(forms) == 4
 
 
+def test_a_run_can_begin_with_the_weights_of_a_file(tmp_path, student_file):
+    """Also after a resume, when the file may be gone."""
+    file = tmp_path / "first.pt"
+    shutil.copy(student_file, file)
+    samples, folder = samples_that_move(1), tmp_path / "run"
+    settings = dataclasses.replace(STREET, steps=4, init=str(file), out=str(folder))
+    model, _ = train.new_student(settings)
+    given = fastflow3d.load_checkpoint(file).state_dict()
+    assert all(torch.equal(tensor, given[name]) for name, tensor in model.state_dict().items())
+    assert model.training
+    whole = train.train(samples, settings).state_dict()
+
+    # Half of the steps, and then the rest without the file.
+    stopped, one_step = [], train.one_step
+
+    def stop_after_two(*arguments):
+        stopped.append(1)
+        if len(stopped) == 3:
+            raise KeyboardInterrupt
+        return one_step(*arguments)
+
+    train.one_step = stop_after_two
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train.train(samples, dataclasses.replace(settings, checkpoint_every=2), folder)
+    finally:
+        train.one_step = one_step
+    file.unlink()
+    resumed = train.train(samples, dataclasses.replace(settings, resume=True), folder)
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in resumed.state_dict().items())
+
+    # What cannot be the beginning is refused before anything is read.
+    places = {"data": ("nowhere",), "labels": ("nowhere",), "init": str(student_file)}
+    wrong = dataclasses.replace(train.TrainSettings(), **places, device="cpu")
+    with pytest.raises(data.DataError, match="holds a student of --model narrow, not of normal"):
+        train.check_settings(wrong)
+    with pytest.raises(data.DataError, match="--init: .*first.pt: no such file"):
+        train.check_settings(dataclasses.replace(wrong, init=str(file)))
+
+
 def test_turned_and_raised_pairs_are_rigid_and_their_flow_turns_with_them():
     """All angles and heights come up; the flow still leads from the moved sweep 0 to sweep 1."""
     pc0 = torch.rand(50, 3, dtype=torch.float32) * 40 - 20
@@ -1257,7 +1297,7 @@ def test_settings_that_cannot_work_stop_at_once(arguments, message, capsys, tmp_
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "huge"], "choose from 'narrow', 'normal', 'xl'"),
+        (["--model", "huge"], "choose from 'narrow', 'small', 'normal', 'xl'"),
         (["--speed-weight", "fast"], "choose from 'formula', 'published', 'none'"),
         (["--dtype", "float64"], "choose from 'float32', 'bfloat16'"),
         (["--no-such-setting", "1"], "--no-such-setting"),
