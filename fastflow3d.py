@@ -114,24 +114,21 @@ class FastFlow3D(nn.Module):
         # training, the running statistics depend on the order.
         in_float32 = torch.autocast(pc0s[0].device.type, enabled=False)
         with in_float32:
-            image0, slot, offset = self.embedder(pc0s)  # (B, C, Y, X); all N points: (N,), (N, 3)
+            image0, slot, offset = self.embedder(pc0s)  # (B, C, Y, X), (B, N), (B, N, 3)
             image1, _, _ = self.embedder(pc1s)  # (B, C, Y, X)
         motion = self.backbone(image0, image1)  # (B, 2C, Y, X)
 
-        # A point in the grid reads the pixel of its pillar. All others keep flow 0.
-        flow = torch.zeros_like(offset)  # (N, 3)
-        is_in_grid = slot >= 0  # (N,)
+        # A point in the grid reads the pixel of its pillar. All others read the first pixel, but
+        # then get flow 0.
+        is_in_grid = slot >= 0  # (B, N)
         with in_float32:
             maps = [pixels(image0), pixels(image1), pixels(motion)]  # (B·Y·X, C) twice, 2C
-            flow[is_in_grid] = self.head(maps, slot[is_in_grid], offset[is_in_grid])
+            flow = self.head(maps, slot.clamp(min=0).flatten(), offset.flatten(0, 1))  # (B·N, 3)
+        flow = torch.where(is_in_grid[..., None], flow.view_as(offset), 0.0)  # (B, N, 3)
 
-        # Cut the points back into clouds. (The caller could not change views of torch.split.)
-        flows, masks, start = [], [], 0
-        for pc0 in pc0s:
-            end = start + len(pc0)
-            flows.append(flow[start:end])
-            masks.append(is_in_grid[start:end])
-            start = end
+        # Cut off what has filled up the shorter clouds.
+        flows = [flow[i, : len(pc0)] for i, pc0 in enumerate(pc0s)]
+        masks = [is_in_grid[i, : len(pc0)] for i, pc0 in enumerate(pc0s)]
         return flows, masks
 
     def prepare_inference(self, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -165,41 +162,34 @@ class PillarEmbedder(nn.Module):
         self.feature_net = PillarFeatureNet(settings.pillar_channels)
 
     def forward(self, clouds: Clouds) -> tuple[Tensor, Tensor, Tensor]:
-        """B clouds -> images (B, C, Y, X); and for each of the N points of all clouds together:
+        """B clouds, of N points at most -> images (B, C, Y, X); and for each point of each cloud:
 
-        slot (N,) int64, the point's pixel counted through all B images, or -1 outside the grid;
-        offset (N, 3), from the center of the point's cell to the point, in meters.
+        slot (B, N) int64, the point's pixel counted through all B images, or -1 outside the grid;
+        offset (B, N, 3), from the center of the point's cell to the point, in meters; 0 outside.
         """
+        # All clouds at once, the shorter ones filled up with NaN, which lies in no cell. Points
+        # outside the grid become 0 and are left out of every sum, instead of being cut out: then no
+        # shape depends on where points lie, and the host never has to wait for a GPU.
+        points = nn.utils.rnn.pad_sequence(clouds, batch_first=True, padding_value=torch.nan)
+        cell, center = assign_cells(points, self.settings)  # (B, N), (B, N, 3)
+        is_inside = cell >= 0  # (B, N)
+        offset = torch.where(is_inside[..., None], points - center, 0.0)  # (B, N, 3)
+        points = torch.where(is_inside[..., None], points, 0.0)  # (B, N, 3)
+
+        # The pillars are the pixels of all images, most of them empty.
         rows, columns = self.settings.cells
-        slots, offsets, pillar_slots, pillars = [], [], [], []
-        for i, points in enumerate(clouds):
-            cell, center = assign_cells(points, self.settings)  # (N,), (N, 3)
-            offset = points - center  # (N, 3)
-            is_inside = cell >= 0  # (N,)
-
-            # K of the cells contain points; `pillar` numbers them 0 ... K - 1. One cloud at a time,
-            # as published: in training, batch norm takes its statistics over what it gets at once.
-            used, pillar = cell[is_inside].unique(return_inverse=True)  # (K,), (N inside,)
-            features = self.feature_net(points[is_inside], offset[is_inside], pillar, len(used))
-            pillars.append(features)  # (K, C)
-            first = i * rows * columns  # slot of the image's first pixel
-            pillar_slots.append(first + used)
-            slots.append(torch.where(is_inside, first + cell, -1))
-            offsets.append(offset)
-
-        # Empty cells stay 0. Writing in place avoids allocating a second pseudo-image.
-        features = torch.cat(pillars)
-        images = features.new_zeros(len(clouds) * rows * columns, features.shape[1])  # (B·Y·X, C)
-        images.index_copy_(0, torch.cat(pillar_slots), features)
+        image = torch.arange(len(clouds), device=cell.device)[:, None]  # (B, 1)
+        slot = torch.where(is_inside, image * rows * columns + cell, -1)  # (B, N)
+        images = self.feature_net(points, offset, slot, len(clouds) * rows * columns)  # (B·Y·X, C)
 
         # In memory, the channels of a pixel stay side by side. torch calls this channels_last:
         # convolutions are fastest in it, and `pixels` need not copy.
         images = images.unflatten(0, (len(clouds), rows, columns)).permute(0, 3, 1, 2)
-        return images, torch.cat(slots), torch.cat(offsets)
+        return images, slot, offset
 
 
 def assign_cells(points: Tensor, settings: FastFlow3DSettings) -> tuple[Tensor, Tensor]:
-    """points (N, 3) -> cell (N,) int64, row · columns + column or -1 outside; its center (N, 3)."""
+    """points (..., 3) -> cell (...) int64, row · columns + column or -1; its center (..., 3)."""
     rows, columns = settings.cells
 
     def on_device(*values: float) -> Tensor:
@@ -212,11 +202,11 @@ def assign_cells(points: Tensor, settings: FastFlow3DSettings) -> tuple[Tensor, 
     # points change cell, and their flow changes by up to 0.76 m. So we divide by a tensor.
     half = on_device(*settings.half_extent_m)  # (3,)
     size = on_device(settings.cell_m, settings.cell_m, 2 * settings.half_extent_m[2])  # (3,)
-    index = ((points + half) / size).floor()  # (N, 3): column, row, 0 in z; NaN stays NaN
+    index = ((points + half) / size).floor()  # (..., 3): column, row, 0 in z; NaN stays NaN
 
     # Comparing with NaN gives False. The number of a cell is exact in float32: it is below 2**24.
-    is_inside = ((index >= 0) & (index < on_device(columns, rows, 1))).all(dim=1)  # (N,)
-    cell = torch.where(is_inside, index[:, 1] * columns + index[:, 0], -1.0).long()
+    is_inside = ((index >= 0) & (index < on_device(columns, rows, 1))).all(dim=-1)  # (...)
+    cell = torch.where(is_inside, index[..., 1] * columns + index[..., 0], -1.0).long()
     return cell, (index + 0.5) * size - half
 
 
@@ -230,25 +220,80 @@ class PillarFeatureNet(nn.Module):
         self.pfn_layers = nn.ModuleList([nn.Sequential(linear, norm, nn.ReLU())])
 
     def forward(self, points: Tensor, offset: Tensor, pillar: Tensor, count: int) -> Tensor:
-        """points, offset (N, 3), pillar (N,) in [0, count): the point's pillar -> (count, C)."""
-        from_mean = points - mean_by_pillar(points, pillar, count)[pillar]
-        features = torch.cat([points, from_mean, offset], dim=1)  # (N, 9)
+        """points, offset (B, N, 3) of B clouds -> (count, C), the mean over each pillar's points.
+
+        pillar (B, N): the point's pillar in [0, count), or -1: such a point is left out.
+        """
+        means = mean_by_pillar(points.flatten(0, 1), pillar.flatten(), count)  # (count, 3)
+        mean = means.index_select(0, pillar.clamp(min=0).flatten()).view_as(points)  # (B, N, 3)
+        features = torch.cat([points, points - mean, offset], dim=2)  # (B, N, 9)
         linear, norm, relu = self.pfn_layers[0]
-        features = linear(features)  # (N, C)
-        # In training, a single point has no variance: it is normalized by the running statistics.
-        if len(points) > 1 or not self.training:
-            features = norm(features)
+        if self.training:
+            features = self._linear_and_norm(features, pillar >= 0).flatten(0, 1)  # (B·N, C)
         else:
-            mean, var = norm.running_mean, norm.running_var
-            features = F.batch_norm(features, mean, var, norm.weight, norm.bias, eps=norm.eps)
-        return mean_by_pillar(relu(features), pillar, count)
+            features = norm(linear(features.flatten(0, 1)))  # (B·N, C)
+        return mean_by_pillar(relu(features), pillar.flatten(), count)
+
+    def _linear_and_norm(self, features: Tensor, is_inside: Tensor) -> Tensor:
+        """Both layers in training: as published, each cloud is normalized by its own statistics.
+
+        features (B, N, 9), is_inside (B, N): the points that count -> (B, N, C).
+        """
+        # Mean and covariance of the nine numbers over the points that count.
+        is_inside = is_inside[..., None]  # (B, N, 1)
+        size = is_inside.sum(dim=1, keepdim=True)  # (B, 1, 1)
+        mean = (is_inside * features).sum(dim=1, keepdim=True) / size.clamp(min=1)  # (B, 1, 9)
+        deviation = is_inside * (features - mean)
+        covariance = deviation.mT @ deviation / size.clamp(min=1)  # (B, 9, 9)
+
+        # A channel is w · x, the sum of the nine numbers x with weights w. So its mean is w · mean,
+        # and its variance w · covariance · w. That saves several passes over all B·N·C features.
+        linear, norm, _ = self.pfn_layers[0]
+        mean = linear(mean)  # (B, 1, C)
+        var = (linear.weight @ covariance * linear.weight).sum(dim=2)[:, None]  # (B, 1, C)
+        mean, var = _update_running_statistics(norm, mean, var, size)
+
+        # scale · (w · x - mean) + bias is linear in x, too, with other weights for each cloud.
+        scale = norm.weight / (var + norm.eps).sqrt()  # (B, 1, C)
+        return features @ (linear.weight.T * scale) + (norm.bias - scale * mean)
+
+
+def _update_running_statistics(
+    norm: nn.BatchNorm1d, mean: Tensor, var: Tensor, size: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Update the running statistics of a norm as if the B clouds came one after another.
+
+    mean, var (B, 1, C); size (B, 1, 1), the number of points. Returns what normalizes the clouds:
+    mean and var again, but for a cloud of a single point, which has no variance, the running
+    statistics at its turn. Such a cloud does not change them.
+    """
+    is_counted = size > 1  # (B, 1, 1)
+    with torch.no_grad():
+        # The rule for each cloud is: running = (1 - share) · running + share · new. Divided by
+        # `left`, the product of all (1 - share) so far, it is a sum, which needs no loop.
+        share = norm.momentum * is_counted.to(mean.dtype)  # (B, 1, 1)
+        left = (1 - share).cumprod(dim=0)  # (B, 1, 1)
+        unbiased_var = var * size / (size - 1).clamp(min=1)  # as in torch's batch norm
+        running_mean = left * (norm.running_mean + (share / left * mean).cumsum(dim=0))
+        running_var = left * (norm.running_var + (share / left * unbiased_var).cumsum(dim=0))
+        norm.running_mean.copy_(running_mean[-1, 0])  # after the last cloud
+        norm.running_var.copy_(running_var[-1, 0])
+        norm.num_batches_tracked += is_counted.sum()
+    mean = torch.where(is_counted, mean, running_mean)
+    return mean, torch.where(is_counted, var, running_var)
 
 
 def mean_by_pillar(values: Tensor, pillar: Tensor, count: int) -> Tensor:
-    """values (N, C), pillar (N,) in [0, count) -> mean per pillar (count, C), 0 without points."""
-    sums = values.new_zeros(count, values.shape[1]).index_add(0, pillar, values)
-    sizes = values.new_zeros(count).index_add(0, pillar, values.new_ones(len(values)))
-    return sums / sizes.clamp(min=1)[:, None]
+    """values (N, C) -> their mean per pillar (count, C), 0 in a pillar without points.
+
+    pillar (N,): the value's pillar in [0, count), or -1: such a value is left out.
+    """
+    is_inside, pillar = (pillar >= 0).to(values.dtype), pillar.clamp(min=0)
+    size = values.new_zeros(count).index_add_(0, pillar, is_inside)
+    share = is_inside / size.index_select(0, pillar).clamp(min=1)  # (N,)
+    # In place, because a second pseudo-image would take longer than the sum.
+    means = values.new_zeros(count, values.shape[1])
+    return means.index_add_(0, pillar, values * share[:, None])
 
 
 class UNet(nn.Module):

@@ -674,7 +674,9 @@ def front_end(model: fastflow3d.FastFlow3D, points: Tensor) -> None:
         # The obvious way numbers the pillars by pairs (row, column), which torch has to sort.
         row, column = cell[is_inside] // columns, cell[is_inside] % columns
         used, pillar = torch.stack([row, column], dim=1).unique(dim=0, return_inverse=True)
-        features = embedder.feature_net(points[is_inside], offset, pillar, len(used))
+        features = embedder.feature_net(
+            points[None, is_inside], offset[None], pillar[None], len(used)
+        )
         image = features.new_zeros(features.shape[1], rows, columns)
         image[:, used[:, 0], used[:, 1]] = features.T
         return image[None]  # (1, C, Y, X)

@@ -198,6 +198,44 @@ def _gelu(x: torch.Tensor) -> torch.Tensor:
     return 0.5 * x * (1 + torch.erf(x / 2**0.5))
 
 
+# --- Pillars cloud by cloud ---
+
+
+def pillars_cloud_by_cloud(
+    embedder: torch.nn.Module, clouds: list[torch.Tensor]
+) -> list[torch.Tensor]:
+    """One pseudo-image (C, Y, X) per cloud, made one after the other by torch's own batch norm.
+
+    In training, running statistics are updated after each cloud. An embedder in float64 may be
+    given float32 clouds: their cells are found in float32, and the rest is exact.
+    """
+    settings, images = embedder.settings, []
+    rows, columns = settings.cells
+    linear, norm, _ = embedder.feature_net.pfn_layers[0]
+    for cloud in clouds:
+        cell, center = assign_cells(cloud, settings)
+        inside = cell >= 0
+        p, offset = (x[inside].to(linear.weight.dtype) for x in (cloud, cloud - center))
+        if not inside.any():
+            images.append(p.new_zeros(linear.out_features, rows, columns))
+            continue
+        used, pillar = cell[inside].unique(return_inverse=True)
+        share = F.one_hot(pillar).to(p.dtype)  # (n, K): a column per pillar
+        share = share / share.sum(dim=0)
+        x = linear(torch.cat([p, p - (share.T @ p)[pillar], offset], dim=1))
+        if len(x) > 1:
+            x = norm(x)
+        else:
+            # torch refuses to take the variance of a single point. The copies keep what the next
+            # clouds do to the running statistics out of this one's gradient.
+            mean, var = norm.running_mean.clone(), norm.running_var.clone()
+            x = F.batch_norm(x, mean, var, norm.weight, norm.bias, eps=norm.eps)
+        image = x.new_zeros(rows * columns, x.shape[1])
+        image = image.index_put((used,), share.T @ x.clamp(min=0))
+        images.append(image.T.unflatten(1, (rows, columns)))
+    return images
+
+
 # --- What the tests share ---
 
 
