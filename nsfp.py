@@ -500,10 +500,12 @@ def refine_flow(
     # A motion has few parameters: a sample of each cluster is enough to estimate it ...
     sample = _sample_clusters(cluster, members, settings)  # rows of pc0
     points_s, cluster_s = points[sample], cluster[sample]
-    candidates = []
-    for candidate in flows:
-        moved_s = points_s + candidate[sample]
-        candidates.append(motions_by_ransac(points_s, moved_s, cluster_s, settings))
+    # All candidates go through RANSAC at once: each has its own clusters, k · C to k · C + C - 1.
+    count, clusters = len(flows), int(cluster.max()) + 1
+    own_cluster = cluster_s + clusters * torch.arange(count)[:, None]  # (K, S)
+    moved_s = points_s + flows[:, sample]  # (K, S, 3)
+    each = (points_s.repeat(count, 1), moved_s.flatten(0, 1), own_cluster.flatten())
+    candidates = motions_by_ransac(*each, settings, count).unflatten(0, (count, clusters))
     motion = candidates[0]  # (C, 3, 4)
     if pc1 is not None:
         surface = Surface(pc1.detach().cpu().double())
@@ -613,16 +615,19 @@ def _sample_clusters(cluster: Tensor, members: Tensor, settings: NSFPSettings) -
 
 
 def motions_by_ransac(
-    points: Tensor, moved: Tensor, cluster: Tensor, settings: NSFPSettings
+    points: Tensor, moved: Tensor, cluster: Tensor, settings: NSFPSettings, candidates: int = 1
 ) -> Tensor:
     """(C, 3, 4): per cluster the rigid motion that takes most points (N, 3) to `moved` (N, 3).
 
     RANSAC (Fischler and Bolles, 1981): a trial fits a motion to three random points of a cluster,
     until half of its points agree with one. The final motion is fitted to all points that agree.
+    The clusters may belong to several candidates, as many to each, one candidate after the other.
+    Each candidate then draws the triples that it would draw alone.
     """
     fit = upright_motions if settings.upright else rigid_motions
-    generator = torch.Generator().manual_seed(settings.seed)
+    generators = [torch.Generator().manual_seed(settings.seed) for _ in range(candidates)]
     size = cluster.bincount()  # (C,)
+    candidate = torch.arange(candidates).repeat_interleave(len(size) // candidates)  # (C,)
     rows_by_cluster = cluster.argsort(stable=True)  # (N,) the rows of cluster 0, of cluster 1, ...
     start = size.cumsum(0) - size  # (C,) where each cluster begins in it
     best_count = torch.zeros(len(size), dtype=torch.float64)  # inliers of the best motion so far
@@ -635,8 +640,10 @@ def motions_by_ransac(
     slot = cluster  # (R,) for each of those rows, the place of its cluster in `active`
     for _ in range(settings.ransac_trials):
         # One motion per active cluster, from three points. (The same one may be drawn twice.)
-        draw = torch.rand(len(active), 3, generator=generator) * size[active][:, None]
-        triple = rows_by_cluster[start[active][:, None] + draw.long()].flatten()  # (3 A,)
+        counts = candidate[active].bincount(minlength=candidates).tolist()
+        draws = [torch.rand(n, 3, generator=g) for n, g in zip(counts, generators, strict=True)]
+        place = (torch.cat(draws) * size[active][:, None]).long()  # (A, 3) within the cluster
+        triple = rows_by_cluster[start[active][:, None] + place].flatten()  # (3 A,)
         triple_slot = torch.arange(len(active)).repeat_interleave(3)
         motion = fit(points[triple], moved[triple], triple_slot)  # (A, 3, 4)
 
@@ -671,13 +678,14 @@ def _is_inlier(
 
 def _confirmed_motions(
     points: Tensor,
-    candidates: list[Tensor],
+    candidates: Tensor,
     cluster: Tensor,
     surface: Surface,
     lidar1: Tensor | None,
     settings: NSFPSettings,
 ) -> tuple[Tensor, Tensor]:
-    """(C, 3, 4): per cluster the candidate that explains sweep 1 best after ICP, or no motion.
+    """(C, 3, 4): per cluster the candidate, of (K, C, 3, 4), that explains sweep 1 best after ICP,
+    or no motion.
 
     And (C,) the gain: the mean squared distance to sweep 1 without a motion, divided by that with
     the best candidate. No motion is the one to beat, by the factor `evidence`.

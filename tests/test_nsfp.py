@@ -925,6 +925,29 @@ def test_ransac_keeps_clusters_apart_when_some_are_finished_before_others():
     torch.testing.assert_close(found, motions, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("teacher", ["fast", "chodosh"])
+def test_ransac_of_several_candidates_at_once_is_that_of_each_alone(teacher):
+    """But for float64's rounding. The candidates are right for other shares of the points, so that
+    their clusters are finished after other numbers of trials.
+    """
+    generator = torch.Generator().manual_seed(0)
+    points = torch.cat([a_box((10.0 * i, 0, 0), seed=i) for i in range(3)]).double()
+    cluster = torch.arange(3).repeat_interleave(400)
+    moved = []
+    for wrong in (0.1, 0.55, 0.8):
+        noise = 0.05 * torch.randn(1200, 3, generator=generator)
+        is_wrong = torch.rand(1200, generator=generator) < wrong
+        noise[is_wrong] += 3 * torch.rand(int(is_wrong.sum()), 3, generator=generator)
+        moved.append(points + torch.tensor([0.3, 0.2, 0.0]) + noise)
+    settings = TEACHERS[teacher]
+    alone = [nsfp.motions_by_ransac(points, each, cluster, settings) for each in moved]
+    own_cluster = torch.cat([cluster, cluster + 3, cluster + 6])
+    thrice = points.repeat(3, 1), torch.cat(moved), own_cluster
+    together = nsfp.motions_by_ransac(*thrice, settings, candidates=3)
+    torch.testing.assert_close(together, torch.cat(alone), atol=1e-12, rtol=0)
+    assert (alone[1] - alone[2]).abs().max() > 1e-3
+
+
 def test_each_cluster_is_sampled_at_random_up_to_cluster_sample_points():
     cluster = torch.tensor([0, 1, -1, 0, 1, 0, 0, 2, 0])
     members = (cluster >= 0).nonzero()[:, 0]
