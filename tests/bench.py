@@ -1,6 +1,6 @@
 """Benchmarks: how long each part takes, and how large the teachers' errors are.
 
-    python tests/bench.py             street, data, labels, metrics, teacher, student and train
+    python tests/bench.py             all of the first list below
     python tests/bench.py NAME ...    only these; see below
 
   street      making and writing synthetic sweeps
@@ -10,6 +10,7 @@
   teacher     CPU time and errors of `fast`, beside the time of `nsfp`
   student     time, error and memory of each form of the student
   train       loading, training steps and their memory
+  at_once     pillars of a micro-batch and RANSAC of several candidates, at once and one by one
 
 These run only if they are named, because they take long or need a GPU:
 
@@ -43,7 +44,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-from plain_student import seeded_model
+from plain_student import pillars_cloud_by_cloud, seeded_model
 from torch import Tensor
 
 import challenge
@@ -776,6 +777,77 @@ def training_peak_gb(samples: list[train.Sample], settings: train.TrainSettings)
     return process_peak_gb()
 
 
+# --- At once and one by one -----------------------------------------------------------------------
+
+
+def at_once(folder: Path) -> None:
+    """Pillars and RANSAC at full density on the CPU, in the old way and in the new one."""
+    pairs = ten_streets(folder)
+    compare_at_once([input_points(pair) for pair in pairs], (1, 2, 4), "normal")
+
+
+def compare_at_once(
+    pairs: Sequence[tuple[Tensor, Tensor]], counts: Sequence[int], name: str
+) -> None:
+    """What a micro-batch, and several candidates, gain if one pass replaces a loop over them.
+
+    pairs: points (N, 3) and (M, 3), on the device to measure. Both ways run in turn, in one call.
+    """
+    for count in counts:
+        pillars_at_once(name, [pc0 for pc0, _ in pairs[:count]])
+    ransac_at_once(*pairs[0])
+
+
+def pillars_at_once(name: str, clouds: Sequence[Tensor]) -> None:
+    """Forward and backward pass of the embedder, in training."""
+    device = clouds[0].device
+    embedder = fastflow3d.FastFlow3D(fastflow3d.MODELS[name]).embedder.to(device).train()
+    images = embedder(clouds)[0]
+    assert torch.allclose(pillars_cloud_by_cloud(embedder, clouds), images, atol=1e-3)
+    gradient = torch.ones_like(images.detach())
+
+    def run(embed: Callable) -> None:
+        embed().backward(gradient)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    ways = {
+        "one by one": lambda: run(lambda: pillars_cloud_by_cloud(embedder, clouds)),
+        "at once": lambda: run(lambda: embedder(clouds)[0]),
+    }
+    print_ratio(f"pillars of {len(clouds)} clouds, {name}, {device.type}", ways)
+
+
+def ransac_at_once(pc0: Tensor, pc1: Tensor) -> None:
+    """RANSAC of the four candidates of `fast`, after a short fit; on the CPU, as in labelling."""
+    quick = dataclasses.replace(nsfp.TEACHERS["fast"], iterations=30)
+    flows = nsfp.fit_fast([pc0], [pc1], quick)[0].cpu().double()  # (K, N, 3)
+    points = pc0.cpu().double()
+    cluster = nsfp.find_clusters(points, quick.cluster_reach, quick.cluster_points)
+    rows = nsfp._sample_clusters(cluster, (cluster >= 0).nonzero()[:, 0], quick)
+    points, cluster = points[rows], cluster[rows]
+    moved = points + flows[:, rows]  # (K, S, 3)
+    count, clusters = len(moved), int(cluster.max()) + 1
+    own_cluster = cluster + clusters * torch.arange(count)[:, None]  # (K, S)
+    all_points = points.repeat(count, 1), moved.flatten(0, 1), own_cluster.flatten()
+    ways = {
+        "one by one": lambda: [
+            nsfp.motions_by_ransac(points, each, cluster, quick) for each in moved
+        ],
+        "at once": lambda: nsfp.motions_by_ransac(*all_points, quick, count),
+    }
+    assert torch.allclose(torch.cat(ways["one by one"]()), ways["at once"](), atol=1e-9)
+    print_ratio(f"RANSAC of {count} candidates, {clusters} clusters, cpu", ways)
+
+
+def print_ratio(what: str, ways: dict[str, Callable]) -> None:
+    """Time of two ways, measured in turn, and how many times as fast the second one is."""
+    times = median_seconds_in_turn(ways, 5)
+    before, after = times.values()
+    each = ", ".join(f"{way} {1e3 * seconds:.1f} ms" for way, seconds in times.items())
+    print(f"{what}: {each}, {before / after:.2f} times as fast")
+
+
 # --- On a GPU -------------------------------------------------------------------------------------
 
 
@@ -788,6 +860,7 @@ def gpu(folder: Path) -> None:
         pc0, pc1 = input_points(pair)
         pc0s.append(pc0.cuda())
         pc1s.append(pc1.cuda())
+    compare_at_once(list(zip(pc0s, pc1s, strict=True)), (1, 4, 10), "normal")
     for name in ("normal", "xl"):
         students_on_a_gpu(name, pc0s, pc1s)
     training_on_a_gpu(folder, pairs)
@@ -863,6 +936,7 @@ SHORT = {
     "teacher": teacher,
     "student": student,
     "train": training,
+    "at_once": at_once,
 }
 
 # Run only by name.

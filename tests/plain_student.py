@@ -201,39 +201,38 @@ def _gelu(x: torch.Tensor) -> torch.Tensor:
 # --- Pillars cloud by cloud ---
 
 
-def pillars_cloud_by_cloud(
-    embedder: torch.nn.Module, clouds: list[torch.Tensor]
-) -> list[torch.Tensor]:
-    """One pseudo-image (C, Y, X) per cloud, made one after the other by torch's own batch norm.
+def pillars_cloud_by_cloud(embedder: torch.nn.Module, clouds: list[torch.Tensor]) -> torch.Tensor:
+    """Pseudo-images (B, C, Y, X), made one after the other with torch's own batch norm.
 
     In training, running statistics are updated after each cloud. An embedder in float64 may be
     given float32 clouds: their cells are found in float32, and the rest is exact.
     """
-    settings, images = embedder.settings, []
+    settings, pixels, features = embedder.settings, [], []
     rows, columns = settings.cells
     linear, norm, _ = embedder.feature_net.pfn_layers[0]
-    for cloud in clouds:
+    for i, cloud in enumerate(clouds):
         cell, center = assign_cells(cloud, settings)
         inside = cell >= 0
         p, offset = (x[inside].to(linear.weight.dtype) for x in (cloud, cloud - center))
-        if not inside.any():
-            images.append(p.new_zeros(linear.out_features, rows, columns))
-            continue
-        used, pillar = cell[inside].unique(return_inverse=True)
-        share = F.one_hot(pillar).to(p.dtype)  # (n, K): a column per pillar
-        share = share / share.sum(dim=0)
-        x = linear(torch.cat([p, p - (share.T @ p)[pillar], offset], dim=1))
-        if len(x) > 1:
+        used, pillar, size = cell[inside].unique(return_inverse=True, return_counts=True)
+
+        def mean(values: torch.Tensor, pillar=pillar, size=size) -> torch.Tensor:
+            sums = values.new_zeros(len(size), values.shape[1]).index_add(0, pillar, values)
+            return sums / size[:, None]
+
+        x = linear(torch.cat([p, p - mean(p)[pillar], offset], dim=1))
+        if len(x) > 1 or not embedder.training:
             x = norm(x)
         else:
             # torch refuses to take the variance of a single point. The copies keep what the next
             # clouds do to the running statistics out of this one's gradient.
-            mean, var = norm.running_mean.clone(), norm.running_var.clone()
-            x = F.batch_norm(x, mean, var, norm.weight, norm.bias, eps=norm.eps)
-        image = x.new_zeros(rows * columns, x.shape[1])
-        image = image.index_put((used,), share.T @ x.clamp(min=0))
-        images.append(image.T.unflatten(1, (rows, columns)))
-    return images
+            running = norm.running_mean.clone(), norm.running_var.clone()
+            x = F.batch_norm(x, *running, norm.weight, norm.bias, eps=norm.eps)
+        features.append(mean(x.relu()))  # (K, C)
+        pixels.append(i * rows * columns + used)  # (K,)
+    images = x.new_zeros(len(clouds) * rows * columns, x.shape[1])
+    images.index_copy_(0, torch.cat(pixels), torch.cat(features))
+    return images.unflatten(0, (len(clouds), rows, columns)).permute(0, 3, 1, 2)
 
 
 # --- What the tests share ---
