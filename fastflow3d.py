@@ -224,63 +224,65 @@ class PillarFeatureNet(nn.Module):
 
         pillar (B, N): the point's pillar in [0, count), or -1: such a point is left out.
         """
-        means = mean_by_pillar(points.flatten(0, 1), pillar.flatten(), count)  # (count, 3)
-        mean = means.index_select(0, pillar.clamp(min=0).flatten()).view_as(points)  # (B, N, 3)
-        features = torch.cat([points, points - mean, offset], dim=2)  # (B, N, 9)
+        pillar_of_all = pillar.flatten()  # (B·N,)
+        means = mean_by_pillar(points.flatten(0, 1), pillar_of_all, count)  # (count, 3)
+        mean = means.index_select(0, pillar_of_all.clamp(min=0)).view_as(points)  # (B, N, 3)
+        numbers = torch.cat([points, points - mean, offset], dim=2)  # (B, N, 9)
         linear, norm, relu = self.pfn_layers[0]
         if self.training:
-            features = self._linear_and_norm(features, pillar >= 0).flatten(0, 1)  # (B·N, C)
+            features = linear_and_norm(linear, norm, numbers, pillar >= 0).flatten(0, 1)  # (B·N, C)
         else:
-            features = norm(linear(features.flatten(0, 1)))  # (B·N, C)
-        return mean_by_pillar(relu(features), pillar.flatten(), count)
-
-    def _linear_and_norm(self, features: Tensor, is_inside: Tensor) -> Tensor:
-        """Both layers in training: as published, each cloud is normalized by its own statistics.
-
-        features (B, N, 9), is_inside (B, N): the points that count -> (B, N, C).
-        """
-        # Mean and covariance of the nine numbers over the points that count.
-        is_inside = is_inside[..., None]  # (B, N, 1)
-        size = is_inside.sum(dim=1, keepdim=True)  # (B, 1, 1)
-        mean = (is_inside * features).sum(dim=1, keepdim=True) / size.clamp(min=1)  # (B, 1, 9)
-        deviation = is_inside * (features - mean)
-        covariance = deviation.mT @ deviation / size.clamp(min=1)  # (B, 9, 9)
-
-        # A channel is w · x, the sum of the nine numbers x with weights w. So its mean is w · mean,
-        # and its variance w · covariance · w. That saves several passes over all B·N·C features.
-        linear, norm, _ = self.pfn_layers[0]
-        mean = linear(mean)  # (B, 1, C)
-        var = (linear.weight @ covariance * linear.weight).sum(dim=2)[:, None]  # (B, 1, C)
-        mean, var = _update_running_statistics(norm, mean, var, size)
-
-        # scale · (w · x - mean) + bias is linear in x, too, with other weights for each cloud.
-        scale = norm.weight / (var + norm.eps).sqrt()  # (B, 1, C)
-        return features @ (linear.weight.T * scale) + (norm.bias - scale * mean)
+            features = norm(linear(numbers.flatten(0, 1)))  # (B·N, C)
+        return mean_by_pillar(relu(features), pillar_of_all, count)
 
 
-def _update_running_statistics(
+def linear_and_norm(
+    linear: nn.Linear, norm: nn.BatchNorm1d, numbers: Tensor, is_inside: Tensor
+) -> Tensor:
+    """Both layers in training. As published, each of B clouds is normalized by its own statistics.
+
+    numbers (B, N, 9), is_inside (B, N): the points that count -> (B, N, C).
+    """
+    # Mean and covariance of the nine numbers over the points that count.
+    is_inside = is_inside[..., None]  # (B, N, 1)
+    size = is_inside.sum(dim=1, keepdim=True)  # (B, 1, 1)
+    mean = (is_inside * numbers).sum(dim=1, keepdim=True) / size.clamp(min=1)  # (B, 1, 9)
+    deviation = is_inside * (numbers - mean)
+    covariance = deviation.mT @ deviation / size.clamp(min=1)  # (B, 9, 9)
+
+    # A channel is w · x, the sum of the nine numbers x with weights w. So its mean is w · mean, and
+    # its variance w · covariance · w. That saves several passes over all B·N·C features.
+    mean = linear(mean)  # (B, 1, C)
+    var = (linear.weight @ covariance * linear.weight).sum(dim=2)[:, None]  # (B, 1, C)
+    mean, var = follow_clouds(norm, mean, var, size)
+
+    # scale · (w · x - mean) + bias is linear in x, too, with other weights for each cloud.
+    scale = norm.weight / (var + norm.eps).sqrt()  # (B, 1, C)
+    return numbers @ (linear.weight.T * scale) + (norm.bias - scale * mean)
+
+
+def follow_clouds(
     norm: nn.BatchNorm1d, mean: Tensor, var: Tensor, size: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Update the running statistics of a norm as if the B clouds came one after another.
+    """Change a norm's running statistics as if the B clouds came one after the other.
 
     mean, var (B, 1, C); size (B, 1, 1), the number of points. Returns what normalizes the clouds:
     mean and var again, but for a cloud of a single point, which has no variance, the running
     statistics at its turn. Such a cloud does not change them.
     """
-    is_counted = size > 1  # (B, 1, 1)
-    with torch.no_grad():
-        # The rule for each cloud is: running = (1 - share) · running + share · new. Divided by
-        # `left`, the product of all (1 - share) so far, it is a sum, which needs no loop.
-        share = norm.momentum * is_counted.to(mean.dtype)  # (B, 1, 1)
-        left = (1 - share).cumprod(dim=0)  # (B, 1, 1)
-        unbiased_var = var * size / (size - 1).clamp(min=1)  # as in torch's batch norm
-        running_mean = left * (norm.running_mean + (share / left * mean).cumsum(dim=0))
-        running_var = left * (norm.running_var + (share / left * unbiased_var).cumsum(dim=0))
-        norm.running_mean.copy_(running_mean[-1, 0])  # after the last cloud
-        norm.running_var.copy_(running_var[-1, 0])
-        norm.num_batches_tracked += is_counted.sum()
-    mean = torch.where(is_counted, mean, running_mean)
-    return mean, torch.where(is_counted, var, running_var)
+    size = size.to(mean.dtype)
+    has_var = size > 1  # (B, 1, 1)
+    unbiased_var = var.detach() * size / (size - 1).clamp(min=1)  # as in torch's batch norm
+    momentum = norm.momentum * has_var.to(mean.dtype)
+    means, variances = [], []
+    for i in range(len(mean)):
+        norm.running_mean.lerp_(mean[i, 0].detach(), momentum[i, 0])
+        norm.running_var.lerp_(unbiased_var[i, 0], momentum[i, 0])
+        means.append(norm.running_mean.clone())
+        variances.append(norm.running_var.clone())
+    norm.num_batches_tracked += has_var.sum()
+    mean = torch.where(has_var, mean, torch.stack(means)[:, None])
+    return mean, torch.where(has_var, var, torch.stack(variances)[:, None])
 
 
 def mean_by_pillar(values: Tensor, pillar: Tensor, count: int) -> Tensor:

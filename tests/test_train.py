@@ -1260,7 +1260,7 @@ def test_the_loop_can_overfit_the_real_pair(av2_pair):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--preset", "best"], "--preset 'best': choose one of street, zeroflow-1x"),
+        (["--preset", "best"], "--preset 'best': choose one of street, world, zeroflow-1x"),
         (
             ["--data", "somewhere"],
             "1 folders of --data and 0 of --labels: give for each the folder",
