@@ -1018,4 +1018,69 @@ def receptive_field_figure(
         style = {"edgecolor": colormaps["magma"](shade), "linewidth": 2.0, "label": text}
         axes[0].add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, **style))
     axes[0].legend(loc="upper left", bbox_to_anchor=(1.01, 1))
+
+
+def stopped_fit_figure(
+    losses: Sequence[float],
+    last_improvement: int,
+    errors: dict[str, Sequence[float]],
+    kept: int,
+    claim: str,
+) -> Figure:
+    """The total loss of a fit that stopped by itself and, below, its errors at every iteration.
+
+    last_improvement: the iteration after which the loss no longer improved; the wait from there to
+    the end is shaded. kept: the iteration whose flow is the result. errors: name -> error in
+    meters at each iteration.
+    """
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True)
+    top.plot(losses, color="tab:blue", label="total loss")
+    top.set(ylabel="loss (m²)", ylim=(0, None))
+
+    # The errors are measured with the true flow, which the fit never sees.
+    for (name, values), style in zip(errors.items(), itertools.cycle(("-", "--"))):
+        bottom.plot(values, linestyle=style, color=f"C{1 + style.count('--')}", label=name)
+    bottom.set(ylabel="EPE (m)", xlabel="iteration", ylim=(0, None))
+
+    # The marks stand in both panels, but only once in the legend.
+    end = len(losses) - 1
+    for ax, prefix in ((top, ""), (bottom, "_")):
+        waited = f"{prefix}no improvement for {end - last_improvement} iterations"
+        ax.axvspan(last_improvement, end, color="0.85", label=waited)
+        ax.axvline(kept, color="black", linestyle=":", label=f"{prefix}flow that is kept")
+        ax.grid(alpha=0.3)
+    figure.suptitle(claim)
+    figure.legend(loc="outside lower center", ncols=3)
     return figure
+
+
+def ablation_figure(
+    rows: dict[str, dict[str, Sequence[float]]], claim: str, marks: dict[str, float] | None = None
+) -> Figure:
+    """One dot per seed: a row per variant, and a panel per column, with the errors in meters.
+
+    rows: variant -> column -> one error per seed. The first variant is the one to compare with; its
+    range over the seeds is shaded. marks: column -> error of no motion, drawn as a vertical line.
+    """
+    columns = list(next(iter(rows.values())))
+    figure = Figure(figsize=(10, 0.9 + 0.4 * len(rows)), layout="constrained")
+    axes = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
+    for ax, column in zip(axes, columns, strict=True):
+        first = next(iter(rows.values()))[column]
+        ax.axvspan(min(first), max(first), color="0.88", label="range of the first row")
+        for place, row in enumerate(rows.values()):
+            values = row[column]
+            ax.plot(values, [place] * len(values), "o", color="tab:purple", alpha=0.7, ms=5)
+            ax.plot(sum(values) / len(values), place, "|", color="black", ms=16)
+        if marks and column in marks:
+            ax.axvline(marks[column], color="0.4", linestyle="--", label="no motion")
+        ax.set(xlabel=f"{column} (m)", yticks=range(len(rows)), yticklabels=list(rows))
+        ax.set_xlim(0, None)
+        ax.grid(axis="x", alpha=0.3)
+    axes[0].plot([], [], "o", color="tab:purple", label="one seed")
+    axes[0].plot([], [], "|", color="black", ms=16, label="mean of the seeds")
+    axes[0].invert_yaxis()
+    figure.suptitle(claim)
+    handles, names = axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names))
