@@ -1084,3 +1084,101 @@ def ablation_figure(
     figure.suptitle(claim)
     handles, names = axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=len(names))
+
+
+# --- Frames and ego-motion ------------------------------------------------------------------------
+
+
+def frames_figure(
+    city_SE3_ego0: np.ndarray, city_SE3_ego1: np.ndarray, poles_city: np.ndarray
+) -> Figure:
+    """A map of the city with the car at both sweeps, the three frames, and their transforms.
+
+    city_SE3_ego0, city_SE3_ego1: (4, 4). poles_city (N, 3): static things, in the city frame; they
+    are named A, B, C and so on.
+    """
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    ax = figure.subplots()
+
+    # The city's axes are drawn in a corner of the map, because its origin is kilometers away.
+    city_SE3_corner = np.eye(4)
+    city_SE3_corner[:2, 3] = poles_city[:, :2].min(axis=0) + (0.5, -5.0)
+    frames = (
+        ("city frame, its axes only", city_SE3_corner, "black"),
+        ("ego frame of sweep 0", city_SE3_ego0, SWEEP0),
+        ("ego frame of sweep 1", city_SE3_ego1, SWEEP1),
+    )
+    car = np.array([[-2.2, -1], [2.2, -1], [2.2, 1], [-2.2, 1], [-2.2, -1]])
+    for name, city_SE3_frame, color in frames:
+        turn, place = city_SE3_frame[:2, :2], city_SE3_frame[:2, 3]
+        ax.plot(*place, "o", color=color, label=name)
+        for axis, direction in zip("xy", 2.8 * turn.T, strict=True):
+            style = {"arrowstyle": "-|>", "color": color, "linewidth": 2, "shrinkA": 0}
+            ax.annotate("", place + direction, place, arrowprops=style)
+            ax.text(*(place + 1.15 * direction), axis, color=color, ha="center", va="center")
+        if color != "black":
+            ax.plot(*(car @ turn.T + place).T, color=color, alpha=0.6)
+
+    # A transform leads from its source to its target, and is read from right to left.
+    corner, ego0, ego1 = (city_SE3_frame[:2, 3] for _, city_SE3_frame, _ in frames)
+    for text, source, target, bend in (
+        ("city_SE3_ego0", ego0, corner, -0.25),
+        ("city_SE3_ego1", ego1, corner, -0.25),
+        ("ego0_SE3_ego1", ego1, ego0, 0.25),
+    ):
+        style = {"arrowstyle": "->", "linestyle": "--", "color": "0.4", "shrinkA": 8, "shrinkB": 8}
+        style["connectionstyle"] = f"arc3,rad={bend}"
+        ax.annotate("", target, source, arrowprops=style)
+        # The middle of such an arc is half of `bend` away from the middle of its chord.
+        way = target - source
+        middle = (source + target) / 2 + bend / 2 * np.array([way[1], -way[0]])
+        style = {"ha": "center", "va": "center", "color": "0.3", "family": "monospace"}
+        style["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
+        ax.text(*middle, text, **style)
+
+    ax.plot(*poles_city[:, :2].T, "k^", markersize=9, label="poles, which do not move")
+    for letter, pole in zip("ABCDEFGH", poles_city, strict=False):
+        ax.text(pole[0] + 0.4, pole[1] + 0.2, letter, fontsize=12)
+    ax.set(aspect="equal", xlabel="x in the city frame (m)", ylabel="y in the city frame (m)")
+    ax.ticklabel_format(useOffset=False)
+    ax.locator_params(nbins=12, integer=True)
+    ax.margins(0.15)
+    ax.set_title("The poles stay where they are; the frame of the car does not")
+    figure.legend(loc="outside lower center", ncols=2)
+    return figure
+
+
+def compensation_figure(
+    panels: dict[str, tuple], windows: dict[str, tuple], title: str, half_m: float = 25.6
+) -> Figure:
+    """Two clouds before and after ego-motion compensation, and below each some windows enlarged.
+
+    panels: title -> (pc0 (N, 3), pc1 (M, 3)), without ground. windows: name -> (x from, x to, y
+    from, y to) in meters. title: what the figure shows.
+    """
+    wide = [[name] * len(windows) for name in panels]
+    small = [[f"{name}/{window}" for window in windows] for name in panels]
+    figure = Figure(figsize=(11, 8.6), layout="constrained")
+    axes = figure.subplot_mosaic([sum(wide, []), sum(small, [])], height_ratios=(2, 1))
+    for name, (pc0, pc1) in panels.items():
+        whole = axes[name]
+        for cloud, color, text in ((pc0, SWEEP0, "sweep 0"), (pc1, SWEEP1, "sweep 1")):
+            draw_points(whole, cloud, color, size=8.0)
+            for window in windows:
+                draw_points(axes[f"{name}/{window}"], cloud, color, size=40.0)
+            whole.scatter([], [], color=color, label=text)  # for the legend: draw_points has none
+        whole.plot(0, 0, marker=">", color="black")  # the ego, which looks to the right
+        whole.set(title=name, xlim=(-half_m, half_m), ylim=(-half_m, half_m), aspect="equal")
+        whole.set(xlabel="x, forward (m)", ylabel="y, left (m)")
+
+        # Each window is a box in the large panel, under the same name.
+        for window, (x0, x1, y0, y1) in windows.items():
+            box = [x0, x1, x1, x0, x0], [y0, y0, y1, y1, y0]
+            whole.plot(*box, color="black", linewidth=1)
+            whole.text(x0, y1 + 0.5, window)
+            ax = axes[f"{name}/{window}"]
+            ax.set(title=window, xlim=(x0, x1), ylim=(y0, y1), aspect="equal")
+    handles, labels = axes[next(iter(panels))].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2)
+    figure.suptitle(title)
+    return figure
