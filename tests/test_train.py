@@ -1212,6 +1212,23 @@ def test_a_start_to_which_a_process_does_not_come_is_given_up(tmp_path):
         assert printed == f"all are here ({rank}, 3)\n", errors
 
 
+def test_an_error_within_a_step_ends_the_run_and_its_workers_within_seconds(tmp_path, own):
+    """Loader workers ignore signals: unless somebody closes them, Python waits for them forever."""
+    script = tmp_path / "fails.py"
+    script.write_text(
+        "import commands, sys, zeroflow\n"
+        "if __name__ == '__main__':\n"
+        "    def fails(*arguments):\n"
+        "        raise RuntimeError('out of memory, say')\n"
+        "    zeroflow.distillation_loss = fails\n"
+        "    sys.exit(commands.train_main(sys.argv[1:]))\n"
+    )
+    command = [sys.executable, str(script), *own, "--steps", "1000", "--workers", "2"]
+    environment = os.environ | {"PYTHONPATH": str(Path(train.__file__).parent)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "RuntimeError: out of memory, say" in done.stderr
+
+
 def test_a_process_that_dies_ends_the_others(tmp_path, own):
     script = tmp_path / "dies.py"
     script.write_text(
