@@ -73,8 +73,7 @@ class TrainSettings:
 
     # What to learn from.
 
-    # other defaults: street, world, zeroflow-1x (-3x, -5x), zeroflow-xl-1x (-3x, -5x), fastflow3d
-    # (-xl)
+    # other defaults: street, world, zeroflow-1x (-3x, -5x), also zeroflow-xl-..., fastflow3d (-xl)
     preset: str | None = None
     data: tuple[str, ...] = ()  # splits, logs or folders of clouds to learn from
     labels: tuple[str, ...] = ()  # one folder of labels for each --data, in the same order

@@ -1018,6 +1018,7 @@ def receptive_field_figure(
         style = {"edgecolor": colormaps["magma"](shade), "linewidth": 2.0, "label": text}
         axes[0].add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, **style))
     axes[0].legend(loc="upper left", bbox_to_anchor=(1.01, 1))
+    return figure
 
 
 def stopped_fit_figure(
@@ -1084,6 +1085,7 @@ def ablation_figure(
     figure.suptitle(claim)
     handles, names = axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=len(names))
+    return figure
 
 
 # --- Frames and ego-motion ------------------------------------------------------------------------

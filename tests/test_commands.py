@@ -154,14 +154,14 @@ def test_predict_as_a_user_types_it(tmp_path, student_file, street_folder, stree
         assert message in capsys.readouterr().err
 
 
-def test_the_lines_of_the_readme_run_as_they_stand(tmp_path, student_file):
+def test_the_lines_of_the_readme_run_as_they_stand(tmp_path):
     (lines,) = [
         text
         for text in (ROOT / "README.md").read_text().split("```python\n")
         if "zeroflow.predict(" in text
     ]
-    (tmp_path / "run").mkdir()
-    shutil.copy(student_file, tmp_path / "run" / "last.pt")
+    (tmp_path / "weights").mkdir()
+    shutil.copy(commands.OUR_WEIGHTS, tmp_path / "weights")
     done = subprocess.run(
         [sys.executable, "-c", lines.split("```")[0]],
         cwd=tmp_path,
