@@ -18,6 +18,7 @@ import hashlib
 import json
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -259,6 +260,52 @@ def weights(settings: train.TrainSettings, logs: int, out: Path) -> None:
     with data.atomic_file(out / "street.pt") as file:
         torch.save(fastflow3d.checkpoint_of(student), file)
     print(f"wrote {out / 'street.pt'}")
+    show_by_speed(data.open_dataset(out / "val"), out / "street.pt")
+
+
+# Lowest true speeds of each range (m/s). Static points are a range of their own, the first one.
+SPEED_RANGES_MPS = (0.0, 0.5, 2.0, 5.0, 10.0, 15.0)
+
+
+def show_by_speed(validation: data.Pairs, checkpoint: Path) -> None:
+    """Print the errors of no-motion, the `fast` teacher and a student by the true speed."""
+    model = fastflow3d.load_checkpoint(checkpoint)
+    grid = model.settings.half_extent_m
+    methods = {
+        "no-motion": zeroflow.from_baseline("no-motion", grid),
+        "fast": zeroflow.from_teacher(nsfp.TEACHERS["fast"], grid),
+        "student": zeroflow.from_student(model.prepare_inference()),
+    }
+    ends = [f"to {low:g} m/s" for low in SPEED_RANGES_MPS[1:]] + ["faster"]
+    print(f"\nend-point errors (m) of foreground by true speed, on {len(validation)} pairs")
+    print(f"{'':12}" + "".join(f"{name:>12}" for name in ends))
+    for name, estimator in methods.items():
+        errors, counts = errors_by_speed(validation, estimator, grid)
+        if name == "no-motion":  # the same points for all
+            print(f"{'points':12}" + "".join(f"{count:12}" for count in counts))
+        print(f"{name:12}" + "".join(f"{error:12.4f}" for error in errors), flush=True)
+
+
+@zeroflow.one_thread()
+def errors_by_speed(
+    dataset: data.Pairs, estimator: zeroflow.Estimator, grid: Sequence[float]
+) -> tuple[list[float], list[int]]:
+    """Mean end-point error in meters of foreground in each of SPEED_RANGES_MPS, and its points.
+
+    A range without points has the error NaN.
+    """
+    borders = torch.tensor(SPEED_RANGES_MPS[1:])
+    sums, counts = torch.zeros(len(SPEED_RANGES_MPS)), torch.zeros(len(SPEED_RANGES_MPS))
+    for pair in dataset:
+        is_scored = pair.is_valid & data.input_masks(pair, grid)[0] & (pair.category > 0)
+        truth = pair.flow[is_scored]
+        error = (estimator(pair).flow[is_scored] - truth).norm(dim=1)
+        # LiDARs turn 10 or 20 times a second, so that the same flow may be two speeds.
+        speed_mps = truth.norm(dim=1) / pair.seconds
+        place = torch.bucketize(speed_mps, borders, right=True)
+        sums.index_add_(0, place, error)
+        counts += place.bincount(minlength=len(counts))
+    return (sums / counts).tolist(), counts.int().tolist()
 
 
 def main(argv: list[str] | None = None) -> int:

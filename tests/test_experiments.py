@@ -1,6 +1,8 @@
 """The experiments: the scaling law in small, and why a student may beat its teacher."""
 
 import dataclasses
+import math
+import types
 
 import pytest
 import torch
@@ -174,7 +176,13 @@ def test_weights_are_made_kept_and_small(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(nsfp.TEACHERS, "fast", quick)
     command = ["weights", "--out", str(tmp_path), "--train-logs", "2", "--steps", "2"]
     assert experiments.main(command) == 0
-    assert "wrote " + str(tmp_path / "street.pt") in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "wrote " + str(tmp_path / "street.pt") in printed
+    # No-motion, teacher and student by speed, on the validation streets.
+    rows = [line.split() for line in printed[printed.index("end-point errors") :].splitlines()]
+    ranges = len(experiments.SPEED_RANGES_MPS)
+    assert [len(row) for row in rows[2:]] == [1 + ranges] * 4
+    assert [row[0] for row in rows[2:]] == ["points", "no-motion", "fast", "student"]
     times = {file: file.stat().st_mtime_ns for file in (tmp_path / "train").rglob("*.feather")}
     before = (tmp_path / "street.pt").read_bytes()
     assert experiments.main(command) == 0
@@ -190,3 +198,25 @@ def test_weights_are_made_kept_and_small(tmp_path, monkeypatch, capsys):
     # The other kind of labels has a run of its own.
     assert experiments.main([*command, "--supervised"]) == 0
     assert (tmp_path / "run from true flow" / "last.pt").exists()
+
+
+def test_errors_by_speed_are_means_over_foreground_points_at_the_rate_of_the_pair():
+    """Two sweeps of a LiDAR that turns 20 times a second: 30 cm are 6 m/s there."""
+    flow = torch.tensor([[0.0, 0, 0], [0.3, 0, 0], [0.3, 0, 0], [0.3, 0, 0], [0.01, 0, 0]])
+    pair = types.SimpleNamespace(
+        pc0=torch.zeros(5, 3),
+        is_ground0=torch.zeros(5, dtype=torch.bool),
+        pc1=torch.zeros(1, 3),
+        is_ground1=torch.zeros(1, dtype=torch.bool),
+        is_valid=torch.tensor([True, True, True, False, True]),
+        category=torch.tensor([1, 1, 1, 1, 0]),  # the last one is background
+        flow=flow,
+        seconds=0.05,
+    )
+    guess = torch.tensor([[0.1, 0, 0], [0.3, 0, 0], [0.3, 0.4, 0], [9.0, 9, 9], [9.0, 9, 9]])
+    errors, counts = experiments.errors_by_speed(
+        [pair], lambda _: zeroflow.Estimate(guess, 0.0), fastflow3d.MODELS["small"].half_extent_m
+    )
+    assert counts == [1, 0, 0, 2, 0, 0]
+    assert errors[0] == pytest.approx(0.1) and errors[3] == pytest.approx((0.0 + 0.4) / 2)
+    assert all(math.isnan(errors[i]) for i in (1, 2, 4, 5))
