@@ -15,7 +15,6 @@ import dataclasses
 import functools
 import hashlib
 import inspect
-import itertools
 import json
 import math
 import os
@@ -851,16 +850,17 @@ def add_settings(parser, settings_class: type, base: object) -> None:
 
 
 def field_comments(settings_class: type) -> dict[str, str]:
-    """The comment of every field of a dataclass: at the end of its line, or on the line above."""
-    lines = inspect.getsource(settings_class).splitlines()
-    comments = {}
-    for above, line in itertools.pairwise(lines):
+    """The comment of every field of a dataclass: at the end of its line, or on the lines above."""
+    comments, above = {}, []
+    for line in inspect.getsource(settings_class).splitlines():
+        if line.startswith("    # "):
+            above.append(line.removeprefix("    # "))
+            continue
         field = re.match(r"    (\w+): ", line)
         if field:
-            _, _, comment = line.partition("  # ")
-            if not comment and above.startswith("    # "):
-                comment = above.removeprefix("    # ")
-            comments[field[1]] = comment
+            _, _, beside = line.partition("  # ")
+            comments[field[1]] = beside or " ".join(above)
+        above = []
     return comments
 
 

@@ -280,8 +280,14 @@ def test_every_setting_has_a_comment_which_is_its_help_text(settings_class):
     comments = commands.field_comments(settings_class)
     for field in dataclasses.fields(settings_class):
         assert len(comments[field.name]) >= 10, field.name
-    source = inspect.getsource(settings_class)
+    # Some comments take several lines of the source, which the help shows as one text.
+    source = " ".join(inspect.getsource(settings_class).replace("# ", "").split())
     assert all(comment in source for comment in comments.values())
+
+
+def test_a_comment_of_several_lines_is_shown_whole():
+    text = commands.field_comments(train.TrainSettings)["init"]
+    assert text.startswith("begin with the weights of") and text.endswith("random ones")
 
 
 def test_help_shows_the_defaults_that_will_be_used():
