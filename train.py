@@ -516,6 +516,8 @@ class Samples(Dataset):
         return len(self.chosen)
 
     def __getitem__(self, index: int) -> Sample:
+        if index >= len(self):  # by which a loop over all samples ends
+            raise IndexError(f"sample {index} of {len(self)}")
         # Single files may be torn. A hundred unreadable pairs in a row have another cause.
         errors = []
         for other in range(index, index + min(len(self), 100)):
@@ -708,8 +710,9 @@ def train(
             result = one_step(parallel, optimizer, batches, state.step, total, settings, stopped)
             if result is None:
                 break
-            state.count(result, settings)
+            state.count(result)
             log_step(log, result, state, time.perf_counter() - start, progress)
+            state.check(result, settings)
     save("last.pt")
     return None
 
@@ -769,11 +772,15 @@ class StepResult(NamedTuple):
     """What one step did, over all processes."""
 
     loss: float  # meters, mean over samples
-    gradient: float  # its norm before clipping; not finite: the step was skipped
+    gradient: float  # its norm before clipping
     lr: float
     weight: str  # speed weight
     shown: int  # samples
     broken: int  # samples that took the place of others
+
+    def is_finite(self) -> bool:
+        """Whether loss and gradient were finite. Otherwise the step was skipped."""
+        return math.isfinite(self.loss) and math.isfinite(self.gradient)
 
 
 def one_step(
@@ -812,14 +819,17 @@ def one_step(
     longest = math.inf if settings.clip_norm is None else settings.clip_norm
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), longest).item()
     lr = learning_rate(step, total, settings)
+    loss, shown, broken = summed(sums).tolist()
+    result = StepResult(loss / shown, norm, lr, weight, int(shown), int(broken))
+
+    # Both must be finite: a flow that has become infinite may have a gradient of zeros.
     optimizer.param_groups[0]["lr"] = lr
-    if math.isfinite(norm):
+    if result.is_finite():
         optimizer.step()
     else:
         put_back(model, statistics_before)
     optimizer.zero_grad()
-    loss, shown, broken = summed(sums).tolist()
-    return StepResult(loss / shown, norm, lr, weight, int(shown), int(broken))
+    return result
 
 
 def varied(batch: Batch, settings: TrainSettings, generator: torch.Generator) -> Batch:
@@ -905,18 +915,24 @@ class State:
 
     samples_hash: str = ""  # of the list of pairs that it learns from
     step: int = 0  # steps done
-    skipped: int = 0  # steps that were skipped, because their gradient was not finite
+    skipped: int = 0  # steps that were skipped, because loss or gradient was not finite
     skipped_in_a_row: int = 0  # how many of the most recent steps
     shown: int = 0  # samples
     broken: int = 0  # samples that took the place of unreadable ones
     best: float = math.inf  # lowest paper_three_way of a validation
     validated: int = 0  # step of the last validation
 
-    def count(self, result: StepResult, settings: TrainSettings) -> None:
-        """Count a step that was done. Raises DataError if the run must not go on."""
+    def count(self, result: StepResult) -> None:
+        """Count a step that was done."""
         self.step += 1
         self.shown += result.shown
         self.broken += result.broken
+        is_skipped = not result.is_finite()
+        self.skipped += is_skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if is_skipped else 0
+
+    def check(self, result: StepResult, settings: TrainSettings) -> None:
+        """Raise DataError if the run must not go on after this step."""
         # At the start of a run, one pair is a large share: count at least a hundred.
         if result.broken and self.broken > settings.max_broken * max(100, self.shown):
             what = f"{self.broken} of {self.shown} pairs could not be read"
@@ -925,11 +941,8 @@ class State:
             raise DataError(f"{what}, {limit}; {remedy}")
 
         # A step is skipped now and then, most of all with bfloat16. Ten in a row mean divergence.
-        is_finite = math.isfinite(result.gradient)
-        self.skipped += not is_finite
-        self.skipped_in_a_row = 0 if is_finite else self.skipped_in_a_row + 1
         if self.skipped_in_a_row == 10:
-            what = f"step {self.step}: the gradient was not finite ten times in a row"
+            what = f"step {self.step}: loss or gradient was not finite ten times in a row"
             remedy = "go on by --resume with a lower --lr, a --clip-norm, or --dtype float32"
             raise DataError(f"{what}; {remedy}")
 

@@ -765,10 +765,23 @@ def test_a_gradient_that_is_not_finite_skips_its_step_and_stops_the_run_if_it_pe
     train.train(
         [samples[0], bad], dataclasses.replace(settings, steps=25)
     )  # now and then is no reason to stop
-    with pytest.raises(
-        data.DataError, match="step 10: the gradient was not finite ten times in a row; go on by"
-    ):
-        train.train([bad], dataclasses.replace(settings, steps=100))
+    with pytest.raises(data.DataError, match="step 10: loss or gradient was not finite ten times"):
+        train.train([bad], dataclasses.replace(settings, steps=100), tmp_path / "bad")
+    assert len(train.read_log(tmp_path / "bad")) == 10  # the last one is in the log, too
+
+
+def test_a_loss_that_became_infinite_stops_the_run_although_its_gradient_is_zero(tmp_path):
+    """A rate of 1 throws the weights so far off that the flow overflows, and nothing is left."""
+    wild = dataclasses.replace(STREET, steps=100, lr=1.0, cosine=False, clip_norm=None)
+    with pytest.raises(data.DataError, match="not finite ten times in a row; go on by"):
+        train.train(samples_that_move(2), wild, tmp_path)
+    last = train.read_log(tmp_path)[-1]
+    assert last["loss"] == math.inf and last["gradient"] == 0
+
+
+def test_a_loop_over_all_samples_ends(street):
+    samples = train.Samples([train.LabeledPairs(street, None)])
+    assert len(list(samples)) == len(samples) == len(street)
 
 
 # --- Workers that die or stand still --------------------------------------------------------------
