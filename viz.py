@@ -450,6 +450,51 @@ def learning_curve_figure(lines: list[dict]) -> Figure:
     return figure
 
 
+def learned_figure(
+    lines: list[dict], no_motion_loss: dict[str, float], no_motion_error: float
+) -> Figure:
+    """The loss and the validations of a run, each beside what predicting no motion would get.
+
+    lines: of the run's log. no_motion_loss: speed weight, as the log names it -> the loss of no
+    motion, in meters. no_motion_error: its paper three-way on the validation pairs, in meters.
+    """
+    steps = [line for line in lines if "loss" in line]
+    scores = [line for line in lines if "paper_three_way" in line]
+    figure = Figure(figsize=(9, 7), layout="constrained")
+    axes = figure.subplots(2, 1, sharex=True)
+    level = {"color": METHODS["no-motion"], "linestyle": "--", "label": "no-motion"}
+
+    # The level of no motion jumps with the loss where the run changes its speed weight.
+    _draw_loss(axes[0], steps)
+    at = [line["step"] for line in steps]
+    axes[0].plot(at, [no_motion_loss[line["weight"]] for line in steps], **level)
+    axes[0].set(title="distillation loss, on the pairs that it learns from", xlabel="")
+
+    # A validation is a single measurement, so each one has a marker.
+    at, errors = zip(*((line["step"], line["paper_three_way"]) for line in scores), strict=True)
+    axes[1].plot(at, errors, color=METHODS["student"], marker="o", label="student, validated")
+    axes[1].axhline(no_motion_error, **level)
+    axes[1].set(title="validation, on streets that it never sees", xlabel="step")
+    axes[1].set(ylabel="paper three-way (m)", ylim=(0, None))
+    for ax in axes:
+        ax.grid(alpha=0.3)
+        ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
+    return figure
+
+
+def costs_figure(costs: dict[str, float]) -> Figure:
+    """One horizontal bar per named cost in dollars, from top to bottom."""
+    figure = Figure(figsize=(9, 0.7 + 0.45 * len(costs)), layout="constrained")
+    ax = figure.subplots()
+    bars = ax.barh(list(costs), list(costs.values()), color=SWEEP0)
+    ax.bar_label(bars, labels=[f"${cost:,.0f}" for cost in costs.values()], padding=4)
+    ax.set(xlabel="dollars")
+    ax.invert_yaxis()
+    ax.margins(x=0.12)  # room for the labels
+    ax.grid(axis="x", alpha=0.3)
+    return figure
+
+
 def _draw_loss(ax: Axes, steps: list[dict]) -> None:
     """The loss of every step, its running mean, and the step from which on it is not weighted."""
     at, loss = [line["step"] for line in steps], np.array([line["loss"] for line in steps])

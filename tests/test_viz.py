@@ -108,3 +108,23 @@ def test_a_claim_marks_places_in_every_panel_but_not_in_a_color_bar():
     texts = [[text.get_text() for text in ax.texts] for ax in figure.axes]
     assert texts == [["here"], ["here"], []]
     assert figure.axes[0].patches[0].center == (1.0, 0.5)
+
+
+def test_a_run_is_drawn_with_its_validations_and_the_level_of_no_motion():
+    steps = [{"step": i, "loss": 1.0 / i, "weight": "formula"} for i in (1, 2)]
+    steps += [{"step": i, "loss": 1.0 / i, "weight": "none"} for i in (3, 4)]
+    scores = [{"step": 2, "paper_three_way": 0.3}, {"step": 4, "paper_three_way": 0.1}]
+    figure = viz.learned_figure(steps + scores, {"formula": 0.5, "none": 0.7}, 0.2)
+    of_loss, of_validation = ({line.get_label(): line for line in ax.lines} for ax in figure.axes)
+    # The level of no motion changes with the weight, at the step where the loss does.
+    assert of_loss["no-motion"].get_ydata().tolist() == [0.5, 0.5, 0.7, 0.7]
+    assert set(of_validation["no-motion"].get_ydata()) == {0.2}
+    validated = of_validation["student, validated"]
+    assert list(validated.get_xdata()) == [2, 4] and list(validated.get_ydata()) == [0.3, 0.1]
+
+
+def test_costs_are_bars_with_their_dollars_from_top_to_bottom():
+    ax = viz.costs_figure({"labels": 1234.4, "training": 49.0}).axes[0]
+    assert [bar.get_width() for bar in ax.patches] == [1234.4, 49.0]
+    assert [text.get_text() for text in ax.texts] == ["$1,234", "$49"]
+    assert ax.yaxis_inverted()
