@@ -1,4 +1,4 @@
-"""The student in the box: its file is the one that its card describes, and reaches the numbers."""
+"""The student in weights/: its file is the one that its card describes, and reaches the stated errors."""
 
 import dataclasses
 import hashlib
