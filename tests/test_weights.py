@@ -1,4 +1,4 @@
-"""The student in weights/: its file is the one that its card describes, and reaches the stated errors."""
+"""The student in weights/: its file is the one of its card, and reaches the errors stated there."""
 
 import dataclasses
 import hashlib
