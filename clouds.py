@@ -54,7 +54,7 @@ def open_folder(
     columns: int | None = None,
     min_range_m: float | None = None,
 ) -> CloudPairs:
-    """The reader that `data.open_dataset` calls for any folder without logs; its arguments.
+    """The reader that `data.open_dataset` calls for any folder without logs, with its arguments.
 
     Raises DataError if there are no clouds, and then lists what is there instead.
     """
@@ -67,7 +67,7 @@ def open_folder(
 
 
 def _what_is_there(folder: Path) -> str:
-    """The message for a folder that is not a data set: most often it is some levels too high."""
+    """The message for a folder that is not a data set: usually the user gave a parent of one."""
     level = [folder]
     for _ in range(3):
         level = [child for place in level for child in _subfolders(place)][:1000]
@@ -99,7 +99,7 @@ class CloudPairs(data.Pairs):
     """Pairs of a folder of clouds, each in its own sensor frame, and their poses.
 
     The log id is the name of the folder and of those above, up to one that is not generic: many
-    folders are called velodyne_points/data. `notes` reports how names and files were understood.
+    folders are called velodyne_points/data. `notes` reports how names and files were interpreted.
     ground: "auto" or "points" (see `is_ground_without_map`), or "none".
     pairs_per_log, sweeps_per_log: see `data.open_dataset`.
     poses: a file for `read_poses`; None: the first of POSE_FILES in the folder, in the one above,
@@ -149,20 +149,20 @@ class CloudPairs(data.Pairs):
             world_SE3_sensors, notes = found
             self.notes += notes
 
-        # Of two clouds with the same time (0.npy and 000000.npy) the first counts.
+        # If two clouds have the same time (0.npy and 000000.npy), the first one is used.
         self._sweeps: dict[int, tuple[Path, np.ndarray]] = {}
         for stamp, file, pose in zip(stamps_ns, files, world_SE3_sensors, strict=True):
             if stamp in self._sweeps:
                 other = self._sweeps[stamp][0].name
-                self.skipped.append(f"{file}: has the time of {other}; remove one of them")
+                self.skipped.append(f"{file}: has the same time as {other}; remove one of them")
             else:
                 self._sweeps[stamp] = (file, pose)
         log_id = "-".join(data.log_id_of(place) for place in reversed(places))
         log_id = log_id.encode(errors="backslashreplace").decode()  # it may not be UTF-8
-        # One and a half sweeps: a longer gap is a missing sweep.
+        # A gap longer than one and a half sweeps means that a sweep is missing.
         max_gap_ns = round(1.5e9 / rate_hz)
         self.add_log(folder, log_id, self._sweeps, pairs_per_log, sweeps_per_log, max_gap_ns)
-        with contextlib.suppress(DataError):  # what cannot be read is reported with its pair
+        with contextlib.suppress(DataError):  # an unreadable cloud is reported with its pair
             self._note_points(files[0])
 
     def _stamp(self, folder: Path, rate_hz: float) -> tuple[list[Path], list[int], bool]:
@@ -182,7 +182,7 @@ class CloudPairs(data.Pairs):
         return files, stamps_ns, has_times
 
     def _note_points(self, file: Path) -> None:
-        """Note how a cloud was understood, where that is not a matter of course."""
+        """Add notes on how a cloud was interpreted, where this is not obvious."""
         points = read_cloud(file, self.columns)
         if file.suffix.lower() == ".bin":
             rows = read_bin(file, self.columns)
@@ -194,7 +194,7 @@ class CloudPairs(data.Pairs):
         if not is_kept.all():
             near = (is_return & ~is_kept).sum()
             self.notes.append(
-                f"{file}: of its {len(points):,} points {(~is_return).sum():,} are no returns "
+                f"{file}: of its {len(points):,} points, {(~is_return).sum():,} are not returns "
                 f"(0 0 0, or not finite) and {near:,} are nearer than {self.min_range_m:g} m "
                 "(--min-range-m); such points are ignored in all clouds"
             )
@@ -225,10 +225,10 @@ class CloudPairs(data.Pairs):
 
 
 def no_returns_to_nan(points: np.ndarray, min_range_m: float = MIN_RANGE_M) -> np.ndarray:
-    """(N, 3) float64 in the sensor's frame; rows that are no returns from the world become NaN.
+    """(N, 3) float64 in the sensor's frame; rows that are not returns become NaN.
 
-    They are not finite, 0 0 0 (a ray without an echo), or nearer to the origin than min_range_m:
-    the ego's own body, which would seem to move like the ego.
+    Such rows are not finite, 0 0 0 (a ray without an echo), or nearer to the origin than
+    min_range_m: those belong to the ego's own body and would seem to move like the ego.
     """
     points = data.nan_bad_rows(points)
     is_near = (points**2).sum(axis=1) < min_range_m**2  # False for NaN
@@ -261,7 +261,7 @@ def pair_of_clouds(
             mask = is_ground.cpu().numpy()
         elif is_ground is not None:
             mask = np.array(is_ground)
-        # Numbers are refused as a mask: they may well be the indices of rows.
+        # A mask of numbers is refused: they may be row indices.
         if mask.shape != (len(points),) or mask.dtype != bool:
             wanted = f"expected a bool for each of {len(points)} points"
             raise ValueError(f"ground {name} is {mask.shape} {mask.dtype}, {wanted}")
@@ -271,7 +271,7 @@ def pair_of_clouds(
 
 
 def _to_float64(values: Array) -> np.ndarray:
-    """Of a tensor or an array, which may be reversed or in a byte order that torch refuses."""
+    """The values as float64; an array may be reversed, or in a byte order that torch refuses."""
     if isinstance(values, torch.Tensor):
         return values.detach().cpu().double().numpy()
     return np.array(values, dtype=np.float64)
@@ -300,7 +300,7 @@ def list_clouds(folder: Path) -> list[Path]:
 # --- Times from names -----------------------------------------------------------------------------
 
 # Times inside names: ten digits are seconds since 1970, from 2001 to 2033; or a date. Three, six or
-# nine digits of a fraction may follow at once (1532402927647951 has microseconds), or any number
+# nine digits of a fraction may follow directly (1532402927647951 has microseconds), or any number
 # of digits after a mark (1583836591_582553088, 2021-10-26-16-21-29-468, 1700000000.5).
 SINCE_1970 = "1[0-9]{9}"
 DATE = "20[0-9]{2}([-_.]?[0-9]{2}){2}[-_.T ]?[0-9]{2}([-_.:]?[0-9]{2}){2}"
@@ -309,8 +309,8 @@ UNITS = {0: "seconds", 3: "milliseconds", 6: "microseconds", 9: "nanoseconds"}  
 
 
 def _times_of(files: list[Path], rate_hz: float) -> tuple[list[int | None], bool, str]:
-    """Of each file its time in ns (None: its name is of another kind than most); whether these are
-    real times, rather than an order at an assumed rate; and a sentence that says what was done."""
+    """The time of each file in ns (None: its name differs in kind from most); whether these are
+    real times and not an order at an assumed rate; and a sentence about what was done."""
     stems = [file.stem for file in files]
     for whole, form in ((SINCE_1970, "{} since 1970"), (DATE, "date and time of day, to {}")):
         times_ns, decimals = _times_inside(stems, whole)
@@ -336,7 +336,7 @@ def _times_of(files: list[Path], rate_hz: float) -> tuple[list[int | None], bool
 
 
 def _times_inside(stems: list[str], whole: str) -> tuple[list[int | None], int]:
-    """Times in ns since 1970, and how many decimals of a second; [] if the names are no times."""
+    """Times in ns since 1970, and how many decimals of a second; [] if the names are not times."""
     # The last time in a name counts: the first may be that of the log.
     pattern = re.compile(f"(?<![0-9])(?P<whole>{whole}){FRACTION}(?![0-9])")
     found = []  # seconds (ten digits, or none), mark, fraction
@@ -365,7 +365,7 @@ def _times_inside(stems: list[str], whole: str) -> tuple[list[int | None], int]:
 
 
 def _seconds(whole: str) -> str:
-    """Seconds since 1970, ten digits, of these or of a date (UTC); "": there is no such date."""
+    """Ten digits, the seconds since 1970, from such digits or a date (UTC); "" if there is none."""
     if re.fullmatch(SINCE_1970, whole):
         return whole
     try:
@@ -395,9 +395,9 @@ def _numbers_inside(stems: list[str]) -> list[int | Fraction | None]:
 
 
 def _unit_of_numbers(numbers: list[int | Fraction]) -> int | None:
-    """The unit, in ns, of names that are numbers; None: they count."""
+    """The unit, in ns, of names that are numbers; None: they count the clouds."""
     if any(isinstance(number, Fraction) for number in numbers):
-        return 1_000_000_000  # a decimal point means seconds, perhaps since the start of a machine
+        return 1_000_000_000  # a decimal point means seconds, perhaps since the machine started
     # Nobody counts to ten million. Sweeps are 10 ms to 1 s apart, which tells the unit.
     largest, distinct = max(numbers, default=0), sorted(set(numbers))
     if largest >= 1e7 and len(distinct) > 1:
@@ -470,8 +470,8 @@ def read_poses(
 
     Rows of 12 numbers are KITTI's 3 x 4, one per cloud, in the order of the clouds. Rows of 8 are
     TUM's `time tx ty tz qx qy qz qw` (in s, or by their size ms, us, or ns). A .feather file has
-    Argoverse 2's columns. times_ns: when the clouds were taken, if their names tell; None: poses
-    are matched by order. A cloud without a pose within 1 ms gets NaN. Poses of KITTI's camera are
+    Argoverse 2's columns. times_ns: of the clouds, if their names contain times; None: poses are
+    matched by order. A cloud without a pose within 1 ms gets NaN. Poses of KITTI's camera are
     converted by the calib.txt beside them, or in or above the folder. Raises DataError naming the
     file.
     """
@@ -525,14 +525,14 @@ def _read_pose_rows(
 
 def _lidar_poses(file: Path, poses: np.ndarray, places: list[Path]) -> tuple[np.ndarray, list[str]]:
     """world_SE3_sensor (N, 4, 4) and notes, from the poses of a file: the lidar's or a camera's."""
-    # How do its steps (each in the frame of its own sensor) point? A lidar has z up and hardly
-    # moves along it, a camera looks along its z. The median ignores a few torn poses.
+    # In which direction do the steps point, each in its own sensor's frame? A lidar has z up and
+    # hardly moves along it; a camera looks along its z. The median ignores a few broken poses.
     with np.errstate(all="ignore"):
         steps = (data.inverse(poses[:-1]) @ poses[1:])[:, :3, 3]
         length = np.linalg.norm(steps, axis=1)
         share_of_z = np.abs(steps[:, 2]) / length
     share_of_z = share_of_z[(length > 0.05) & np.isfinite(share_of_z)]
-    along_z = np.median(share_of_z) if len(share_of_z) else np.nan  # NaN: it stands still
+    along_z = np.median(share_of_z) if len(share_of_z) else np.nan  # NaN: it does not move
 
     # KITTI's own poses are of its left camera, camera0_SE3_camera. Its calib.txt has Tr, which is
     # camera_SE3_lidar; with it they become the lidar's, in the frame of its first sweep.
@@ -551,7 +551,7 @@ def _lidar_poses(file: Path, poses: np.ndarray, places: list[Path]) -> tuple[np.
 
 
 def _read_calibration(places: list[Path]) -> tuple[Path | None, np.ndarray | None]:
-    """The first calib.txt that has a Tr, and it as camera_SE3_lidar (4, 4)."""
+    """The first calib.txt that has a Tr, and the Tr as camera_SE3_lidar (4, 4)."""
     for calibration in (place / "calib.txt" for place in places):
         if not calibration.is_file():
             continue
@@ -572,8 +572,8 @@ def is_ground_without_map(points: np.ndarray) -> np.ndarray:
     """(N,) bool: ground among the points (N, 3) of one sweep, from the points alone; z up.
 
     The height of the frame's origin does not matter. Points that are not finite, or 100 m away, are
-    not ground; nothing is if no plane is found. The same points always give the same mask. All
-    numbers were chosen on synthetic streets, level and hilly.
+    not ground. If no plane is found, no point is ground. The same points always give the same mask.
+    All numbers were chosen on synthetic streets, level and hilly.
     """
     is_ground = np.zeros(len(points), dtype=bool)
     is_near = (np.abs(points) < GROUND_REACH_M).all(axis=1)  # False for NaN

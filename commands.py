@@ -62,8 +62,8 @@ def train_main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(command: Callable[[], int]) -> int:
-    """Call a command. What a user can mend is one line, without a traceback."""
-    # Names of files need not be UTF-8. Printing one must not end a run.
+    """Call a command. An error that the user can fix is one line, without a traceback."""
+    # File names may not be valid UTF-8. Printing one must not end a run.
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -103,12 +103,12 @@ def _check(arguments: argparse.Namespace) -> int:
     found["is_remote"] = is_remote
     found["is_usable"] = len(found["broken"]) <= arguments.max_broken * found["pairs_read"]
 
-    # Coordinates of a city, say, lie far outside of any student's grid: nothing would be learned.
+    # City coordinates, for instance, lie far outside any student's grid: nothing would be learned.
     is_outside = found.get("share_input") == 0
     found["is_usable"] &= not is_outside
 
-    # What labeling and training would take, if there is a pair to try it on. This takes half a
-    # minute or more, so it is done only if it is asked for.
+    # Time labeling and training, if there is a pair to try it on. This takes half a minute or more,
+    # so it is done only on request.
     if arguments.cost and len(found["broken"]) < found["pairs_read"]:
         found |= cost(dataset, arguments.device, arguments.model)
     _print_survey(arguments, found)
@@ -143,7 +143,7 @@ def survey(dataset: data.Pairs, sample: int | None, half_extent_m: zeroflow.Grid
         shares.append([mask.float().mean().item() for mask in (~pair.is_ground0, is_input)])
         with_true_flow += pair.flow is not None
 
-    # Folder listings alone tell what there is ...
+    # Folder listings are enough to count logs and pairs ...
     recorded_ns = sum(stamps[-1] - stamps[0] for stamps in dataset.stamps.values() if stamps)
     found = {
         "logs": len(dataset.stamps),
@@ -153,7 +153,7 @@ def survey(dataset: data.Pairs, sample: int | None, half_extent_m: zeroflow.Grid
         "broken": broken,
         "pairs_read": len(indices),
     }
-    # ... and the sample what the sweeps look like.
+    # ... and the sample shows what the sweeps look like.
     if points:
         not_ground, is_input = np.mean(shares, axis=0).tolist()
         found |= {
@@ -235,7 +235,7 @@ def _print_survey(arguments: argparse.Namespace, found: dict) -> None:
 
 
 def _duration(seconds: float) -> str:
-    """A time in the unit in which it is easy to imagine."""
+    """A time in a unit that gives a handy number."""
     for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * length:
             return f"{seconds / length:.3g} {unit}"
@@ -287,8 +287,8 @@ def _label(arguments: argparse.Namespace) -> int:
         flush=True,
     )
 
-    # torchrun stops all ranks as soon as one of them fails. There, a pair that failed must not cost
-    # the others their work.
+    # torchrun stops all ranks as soon as one of them fails. There, a failed pair must not stop the
+    # work of the other ranks.
     return 1 if count.failed and "TORCHELASTIC_RUN_ID" not in os.environ else 0
 
 
@@ -406,12 +406,12 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if arguments.figures:
         _draw_figures(arguments.figures, dataset, estimator, name, evaluation, half_extent_m)
     if numbers["broken"]:
-        print(f"{numbers['broken']} pairs were left out; stderr says why")
+        print(f"{numbers['broken']} pairs were left out; the reasons are on stderr")
     return 1 if numbers["broken"] else 0
 
 
 def _has_truth(dataset: data.Pairs) -> bool:
-    """Does the first pair that can be read have a true flow? If none can, the caller finds out."""
+    """Does the first readable pair have a true flow? If none is readable, the caller finds out."""
     for index in range(len(dataset)):
         with contextlib.suppress(DataError, OSError):
             return dataset[index].flow is not None
@@ -419,7 +419,7 @@ def _has_truth(dataset: data.Pairs) -> bool:
 
 
 def _judge(arguments: argparse.Namespace, dataset: data.Pairs, estimator, half_extent_m) -> int:
-    """`evaluate` without a truth: what can be said, and no error."""
+    """`evaluate` without a true flow: print what can be measured, but no errors."""
     import look  # Pillow and matplotlib are loaded only when they are needed
 
     if arguments.figures:
@@ -447,7 +447,7 @@ def _submit(arguments: argparse.Namespace) -> int:
     if arguments.supervised and arguments.challenge != 2024:
         raise DataError("--supervised: only the 2024 challenge asks for it; leave it out")
 
-    # The method and the masks first: mistakes in them need no data to be found.
+    # Check the method and the masks first: this does not need the data.
     method = _chosen_method(arguments)
     masks = challenge.ChallengeFiles(arguments.masks) if arguments.masks else None
     whole = train.open_and_report(arguments.data, arguments, true_flow=False)
@@ -477,9 +477,9 @@ def _chosen_method(arguments: argparse.Namespace) -> Method:
     """
     train.check_device(arguments.device)
     if arguments.seed is not None and not arguments.teacher:
-        raise DataError("--seed: is the teacher's; give --teacher, or leave it out")
+        raise DataError("--seed: is only for a teacher; give --teacher, or leave it out")
     if arguments.dtype != "float32" and not arguments.checkpoint:
-        raise DataError("--dtype: is the student's; give its --checkpoint, or leave it out")
+        raise DataError("--dtype: is only for a student; give its --checkpoint, or leave it out")
 
     # A student has its own grid, and so have labels. For the others, --model chooses one.
     grid = fastflow3d.MODELS[arguments.model or "normal"].half_extent_m
@@ -517,10 +517,10 @@ def _prediction_method(path: str, dataset: data.Pairs, masks, grid) -> tuple:
 
 
 def _covered_by(name: str, dataset: data.Pairs, pair_keys: list[data.PairKey]) -> data.Pairs:
-    """Only these pairs of the data set, with a line that says how many of them there are."""
+    """Only these pairs of the data set; prints how many there are."""
     covered = set(pair_keys)
     without = [key for key in dataset.pair_keys if key not in covered]
-    example = f"; the first without is {tuple(without[0])}" if without else ""
+    example = f"; the first missing one is {tuple(without[0])}" if without else ""
     print(f"{name}: has {len(pair_keys)} of {len(dataset)} pairs{example}")
     return data.subset(dataset, pair_keys)
 
@@ -544,15 +544,15 @@ def _load_student(arguments: argparse.Namespace, file: str | None = None) -> tor
     except ValueError as error:
         raise DataError(error) from error
     if file == OUR_WEIGHTS:
-        what = "no --checkpoint: taking our own, which has learned from synthetic streets alone"
+        what = "no --checkpoint: using our own, which was trained on synthetic streets only"
         print(f"{what} ({OUR_WEIGHTS}; see the README.md beside it)", file=sys.stderr)
     if model.is_foreign:
         size = " x ".join(f"{2 * half:g}" for half in model.settings.half_extent_m)
-        what = f"does not tell its grid and frames; assumed are {size} m around the ego"
+        what = f"does not store its grid and frames; assuming {size} m around the ego"
         frames = "and both sweeps in the ego frame of sweep 0, as published"
         print(f"{file}: {what}, {frames}", file=sys.stderr)
     if arguments.device == "cpu" and model.settings == fastflow3d.MODELS["narrow"]:
-        torch.set_num_threads(1)  # too small for two: beside a busy process, they wait for long
+        torch.set_num_threads(1)  # two threads would wait for each other next to a busy process
     return model.prepare_inference(getattr(torch, arguments.dtype)).to(arguments.device)
 
 
@@ -647,7 +647,7 @@ def _methods_to_show(
     if arguments.range is not None and not arguments.range > 0:
         raise DataError(f"--range {arguments.range}: must be positive")
     train.check_device(arguments.device)
-    # Whoever names no method at all gets the student that comes with the project.
+    # If no method is named, the student that comes with the project is shown.
     named = (arguments.truth, *arguments.baseline, *arguments.labels, *arguments.teacher)
     files = arguments.checkpoint or ([] if any(named) else [OUR_WEIGHTS])
     students = {}
@@ -655,7 +655,7 @@ def _methods_to_show(
         name = "student" if len(files) == 1 else file
         students[name] = _load_student(arguments, file)
 
-    # What is drawn is what the student of the first checkpoint sees, unless --model asks otherwise.
+    # The picture covers the grid of the first checkpoint's student, unless --model names another.
     grid = fastflow3d.MODELS[arguments.model or "normal"].half_extent_m
     if students and not arguments.model:
         grid = next(iter(students.values())).settings.half_extent_m
@@ -704,14 +704,14 @@ def _predict(arguments: argparse.Namespace) -> int:
 
 
 def _predict_folder(arguments: argparse.Namespace) -> int:
-    """One file per pair; those that are there already are kept."""
+    """One file per pair; existing files are kept."""
     out = arguments.out
     if out.suffix or (out.exists() and not out.is_dir()):
         raise DataError(f"{out}: with --data, give a folder, in which each pair has a file")
     model = _load_student(arguments)
     dataset = train.open_and_report(arguments.data, arguments, true_flow=False)
 
-    # Flow of another student, or of another kind, must not get mixed with this one's.
+    # Flow of another student, or of another kind, must not be mixed with this one's.
     checkpoint = Path(arguments.checkpoint or OUR_WEIGHTS)
     weights = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
     _claim_predictions(out, {"checkpoint_sha256": weights, "total": arguments.total})
@@ -741,7 +741,7 @@ def _claim_predictions(folder: Path, settings: dict) -> None:
     if file.exists():
         remedy = "choose another folder"
         if demo.read_json(file, remedy) != settings:
-            raise DataError(f"{folder}: holds flow of another student, or other flow; {remedy}")
+            raise DataError(f"{folder}: holds flow of another student or kind; {remedy}")
     with data.atomic_file(file) as out:
         out.write(json.dumps(settings, indent=2).encode())
 
@@ -775,7 +775,7 @@ def _predict_two(arguments: argparse.Namespace) -> int:
         figure = viz.flow_figure(pair, {"student": flow}, model.settings.half_extent_m[0])
         figure.savefig(arguments.picture, dpi=120)
 
-    # A flow without a single estimate has a reason, which is worth a line.
+    # If not a single point got an estimate, tell the user why.
     if pair.is_ground0.all():
         print("all points of sweep 0 were taken for ground; --ground none leaves ground in")
     elif not has_flow.any():
@@ -839,8 +839,8 @@ def add_settings(parser, settings_class: type, base: object) -> None:
     hints = typing.get_type_hints(settings_class)
     comments = field_comments(settings_class)
     for field in dataclasses.fields(settings_class):
-        # argparse's own default is left out: only what the user gave is in the result, so that it
-        # can go over a preset, or over the settings stored in a run.
+        # argparse gets no default: the result holds only what the user gave, so that it can
+        # override a preset, or the settings stored in a run.
         comment = comments[field.name]
         default = _as_text(getattr(base, field.name), comment)
         text = f"{comment} (default: {default})".replace("%", "%%")
@@ -888,7 +888,7 @@ def _option_of_type(hint) -> dict:
 
 
 def _as_text(value, comment: str) -> str:
-    """A default as the user would type it. None is `all` where the comment speaks of all."""
+    """A default as the user would type it. None is `all` if the comment contains that word."""
     if isinstance(value, tuple):
         return " ".join(_as_text(each, comment) for each in value) if value else "none"
     if value is None:
@@ -971,8 +971,8 @@ def _add_synthesize(commands, argv: Sequence[str]) -> None:
 
 def _add_check(commands) -> None:
     sub = _command(commands, "check", _check,
-                   "report what a data set holds, what is broken, and what labeling and training "
-                   "would cost; exit status 0 if it can be used", "--data av2/train")
+                   "report what a data set contains, what is broken, and what labeling and "
+                   "training would cost; exit status 0 if it can be used", "--data av2/train")
     _add_data_options(sub)
     _option(sub, "--model", "the student whose grid is used and whose training step is timed",
             choices=fastflow3d.MODELS, default="normal")
@@ -994,7 +994,7 @@ def _add_label(commands, argv: Sequence[str]) -> None:
     # What to make, ...
     _option(sub, "--labels", "folder for the labels, one file per pair",
             required=True, metavar="DIR")
-    _option(sub, "--teacher", "the cheap `fast`, ZeroFlow's own `nsfp`, or its refined `chodosh`",
+    _option(sub, "--teacher", "the cheap `fast`, the paper's `nsfp`, or its refined `chodosh`",
             choices=nsfp.TEACHERS, default="fast")
     _option(sub, "--model", "the student that will learn from the labels, which cover its grid",
             choices=fastflow3d.MODELS, default="normal")
@@ -1005,8 +1005,8 @@ def _add_label(commands, argv: Sequence[str]) -> None:
     _option(sub, "--device", "cpu or cuda", default=train.default_device())
     _option(sub, "--shard", "label part I of 0 ... N-1 (default: torchrun's rank, else the task "
             "of a SLURM array, else everything)", metavar="I/N")
-    _option(sub, "--whole", "also read the labels that are there completely, and make damaged ones "
-            "again (default: read their ends)", action="store_true")
+    _option(sub, "--whole", "also read existing labels completely, and make damaged ones again "
+            "(default: read only their ends)", action="store_true")
     _add_max_broken(sub, "the pairs")
 
     # ... and how: every setting of the teacher.
@@ -1026,7 +1026,7 @@ def _add_status(commands) -> None:
     _option(sub, "--sample", "number of labels to compare with their sweeps, or `all`",
             type=_number_or_all, default=20, metavar="N")
     _option(sub, "--whole", "read all labels completely, which finds every flipped bit (default: "
-            "read their ends)", action="store_true")
+            "read only their ends)", action="store_true")
     _option(sub, "--json", "write counts, shards to run again and hours left to this file",
             metavar="FILE")
 
@@ -1077,8 +1077,8 @@ def _add_method_options(sub: argparse.ArgumentParser):
 
     # ... and how to run it.
     _option(sub, "--seed", "seed of the teacher (default: 0)", type=int)
-    _option(sub, "--model", "use the grid of this student (default: that of the checkpoint or "
-            "the labels, else that of `normal`)", choices=fastflow3d.MODELS)
+    _option(sub, "--model", "use the grid of this student (default: the grid of the checkpoint or "
+            "the labels, else of `normal`)", choices=fastflow3d.MODELS)
     _option(sub, "--device", "cpu or cuda", default=train.default_device())
     _option(sub, "--dtype", "number format of the student's U-Net",
             choices=("float32", "bfloat16"), default="float32")
@@ -1113,7 +1113,7 @@ def _add_video(commands) -> None:
             dest="start", type=float, default=0.0, metavar="S")
     _option(sub, "--to", "seconds from the first sweep of the log to the film's last (default: the "
             "end of the log)", dest="end", type=float, metavar="S")
-    _option(sub, "--fps", "frames per second of the film (default: those of the drive)",
+    _option(sub, "--fps", "frames per second of the film (default: as fast as the drive)",
             type=float, metavar="N")
     _option(sub, "--out", "film to write, .gif, .webp, or .mp4 where ffmpeg is installed",
             type=Path, metavar="FILE")
@@ -1131,12 +1131,12 @@ def _add_methods_to_show(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--labels", metavar="DIR", help="show the labels of this folder", **again)
     sub.add_argument("--teacher", choices=nsfp.TEACHERS, help="fit this teacher to each pair now",
                      **again)
-    sub.add_argument("--checkpoint", metavar="FILE", help="show a student (if nothing is named: "
-                     "the one in weights/); this option and the last three may be given several "
-                     "times", **again)
+    sub.add_argument("--checkpoint", metavar="FILE", help="show a student (default, if no method "
+                     "is given: the one in weights/); this option and the three before it may be "
+                     "repeated", **again)
     _option(sub, "--seed", "seed of the teacher (default: 0)", type=int)
-    _option(sub, "--model", "the student whose grid the others use (default: that of the first "
-            "checkpoint, else `normal`)", choices=fastflow3d.MODELS)
+    _option(sub, "--model", "the student whose grid the others use (default: the student of the "
+            "first checkpoint, else `normal`)", choices=fastflow3d.MODELS)
     _option(sub, "--range", "how far the picture reaches, in meters (default: the grid's)",
             type=float, metavar="M")
     _option(sub, "--device", "cpu or cuda", default=train.default_device())
@@ -1163,7 +1163,7 @@ def _add_predict(commands) -> None:
 
     # ... and what comes out.
     _option(sub, "--out", ".feather or .npz file for flow and has_flow; with --data, a folder with "
-            "one .feather file per pair; those that are there are kept",
+            "one .feather file per pair, where existing files are kept",
             required=True, type=Path, metavar="PATH")
     _option(sub, "--total", "write raw flow, ego-motion included, instead of residual flow",
             action="store_true")
@@ -1206,22 +1206,23 @@ def _add_data_options(sub: argparse.ArgumentParser, required: bool = True) -> No
             required=required, metavar="FOLDER")
     _option(sub, "--ground", "where ground comes from; auto: the first of raster, vector and "
             "points that a log has", choices=data.GROUNDS, default="auto")
-    _option(sub, "--pairs-per-log", "only so many pairs, at regular intervals; of LiDAR logs, 12 "
-            "is the paper's 3x and 24 its 5x (default: all)", type=_number_or_all, metavar="N")
-    _option(sub, "--sweeps-per-log", "only the first sweeps; the published code takes 145 "
-            "(default: all)", type=_number_or_all, metavar="N")
+    _option(sub, "--pairs-per-log", "use only this many pairs of each log, at regular intervals; "
+            "for LiDAR logs, 12 is the paper's 3x and 24 its 5x (default: all)",
+            type=_number_or_all, metavar="N")
+    _option(sub, "--sweeps-per-log", "use only this many sweeps of each log, the first ones; the "
+            "published code uses 145 (default: all)", type=_number_or_all, metavar="N")
     _option(sub, "--poses", "poses of a folder of clouds (default: poses.txt in it, in the "
             "folder above, or above folders such as velodyne_points/data)", metavar="FILE")
     _option(sub, "--rate-hz", "sweeps per second of clouds whose names are not time stamps",
             type=float, default=10.0, metavar="HZ")
     _option(sub, "--columns", "numbers per row of .bin clouds (default: recognized)",
             type=int, metavar="N")
-    _option(sub, "--min-range-m", "nearer points of clouds are the ego's own body, and ignored; 0 "
-            "keeps all (default: 2.5)", dest="min_range_m", type=float, metavar="M")
+    _option(sub, "--min-range-m", "ignore nearer points of clouds, which belong to the ego's own "
+            "body; 0 keeps all (default: 2.5)", dest="min_range_m", type=float, metavar="M")
     _option(sub, "--cache", "folder for files of an s3:// address (default: in ~/.cache/zeroflow)",
             metavar="DIR")
-    _option(sub, "--cache-gb", "delete the logs that were unused for the longest time beyond this "
-            "size (default: keep all)", dest="cache_gb", type=float, metavar="GB")
+    _option(sub, "--cache-gb", "limit the cache to this size by deleting the least recently used "
+            "logs (default: keep all)", dest="cache_gb", type=float, metavar="GB")
 
 
 def _add_max_broken(sub: argparse.ArgumentParser, of: str) -> None:

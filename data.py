@@ -14,7 +14,7 @@ Sources: Argoverse 2 (Wilson et al., NeurIPS 2021), whose flow labels follow the
 ZeroFlow (Vedder et al., ICLR 2024). Unlike the published ZeroFlow code, ground points stay in the
 cloud, and flow is residual everywhere; `total_flow` converts it to Argoverse 2's raw flow.
 
-This file works when copied alone. It asks for waymo.py, clouds.py, vectormap.py if it needs them.
+This file works when copied alone; it imports waymo.py and other readers only when it needs them.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class DataError(ValueError):
 
 
 class Outage(RuntimeError):
-    """A server could not be reached for minutes. Not a DataError: no pair is to blame."""
+    """A server could not be reached for minutes. Not a DataError, since no pair is broken."""
 
 
 @contextlib.contextmanager
@@ -156,7 +156,7 @@ class SweepPair:
     category: torch.Tensor | None = None  # (N0,) uint8, an index into CATEGORIES
     is_dynamic: torch.Tensor | None = None  # (N0,) bool, moves by DYNAMIC_THRESHOLD_M or more
     is_valid: torch.Tensor | None = None  # (N0,) bool, False if its object is gone in sweep 1
-    # Where the LiDAR stood in sweep 1; None where nobody tells where it is mounted.
+    # Where the LiDAR was in sweep 1; None if it is unknown where it is mounted.
     lidar1: torch.Tensor | None = None  # (3,) float64, meters
 
     @property
@@ -212,7 +212,7 @@ def open_dataset(
     cache, cache_gb: for addresses only, see `remote.open_remote`.
     truth: how Argoverse 2's boxes become flow: "av2" as its own tools do it; "grown" as many papers
     since 2025 do, see `grown_flow`.
-    A folder that cannot be read costs only itself, and a line in the result's `skipped`.
+    A folder that cannot be read is skipped, with a line in the result's `skipped`.
     Raises DataError if the folder is not a data set, and names the splits that it holds.
     """
     address, path = str(path), Path(path)
@@ -233,7 +233,7 @@ def open_dataset(
         if not path.is_dir():
             found = "is a file" if path.exists() else "no such folder"
             raise DataError(f"{path}: {found}; give a folder of Argoverse 2 logs, or one log")
-        # The folder of a log's sweeps stands for the log.
+        # The path to the folder of a log's sweeps is taken as the log.
         log = parent_of(parent_of(path))
         if is_log(log) and log_id_of(path) == "lidar" and any(path.glob("*.feather")):
             path = log
@@ -359,11 +359,11 @@ class Pairs(torch.utils.data.Dataset):
         max_gap_ns: int = MAX_GAP_NS,
     ) -> None:
         """Add the pairs of one log, from the times (ns) of its sweeps; path: for messages."""
-        # A number of more than 63 bits is no time: it would be some 300 years from now.
+        # A number of more than 63 bits is not a time: it would be some 300 years from now.
         times = [stamp for stamp in stamps if stamp < 2**63]
         if len(times) < len(stamps):
             found = f"{len(stamps) - len(times)} sweeps are named by numbers of over 63 bits"
-            self.skipped.append(f"{path}: {found}, which are no times in ns; rename them")
+            self.skipped.append(f"{path}: {found}, which are not times in ns; rename them")
         self.stamps[log_id] = array("q", sorted(times))
         # Two sweeps with a missing one between them do not form a pair: objects move too far.
         keys, used = {}, self.stamps[log_id][:sweeps_per_log]  # index of sweep 0 -> pair
@@ -388,8 +388,8 @@ PAPER_DRAWS = (12, 24)  # pairs of a log of the LiDAR data set: the paper's 3x, 
 def paper_draw(sweeps: int, wanted: int) -> list[int]:
     """The sweeps of a log at which the published script takes a pair, for 3x (12) or 5x (24).
 
-    5x has the pairs of 3x, and as many halfway between them. Of a log whose length is no multiple
-    of the step there may be a few more.
+    5x has the pairs of 3x, and as many halfway between them. There may be a few more if the length
+    of the log is not a multiple of the step.
     """
     step = (sweeps - 1) // 11
     if step == 0:
@@ -400,7 +400,7 @@ def paper_draw(sweeps: int, wanted: int) -> list[int]:
 
 
 def evenly_spread(count: int, wanted: int | None) -> list[int]:
-    """Indices of `wanted` (None: all) of `count` things, at even intervals."""
+    """Indices of `wanted` (None: all) of `count` items, at even intervals."""
     # Nested: 24 of a log include its 12, so a bigger training set only adds to a smaller one.
     wanted = count if wanted is None else min(wanted, count)
     return [i * count // wanted for i in range(wanted)]
@@ -441,7 +441,7 @@ class Argoverse2Pairs(Pairs):
         stamps, strange = [], {}
         for name in self._names(lidar):
             stem, suffix = os.path.splitext(name)
-            # Only names as `str` writes numbers: from 007, the time 7 would not lead back.
+            # Only names as `str` writes numbers: the time 7 would not lead back to a file 007.
             if suffix == ".feather" and stem.isdecimal() and str(int(stem)) == stem:
                 stamps.append(int(stem))
             elif suffix == ".feather":  # a Mac may add ._x for each x: one line for all of them
@@ -623,9 +623,9 @@ def grown_flow(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """`true_residual_flow` with boxes that grow with speed, as in many papers since 2025.
 
-    In 0.1 s a fast car leaves the box of one moment, so its ends would count as background. This
+    In 0.1 s a fast car moves partly out of its box, so its ends would count as background. This
     follows the code that these papers use (OpenSceneFlow, March 2025), whose rule is not quite the
-    one that is described: see the comment on `displacement`. Its boxes without points count, too.
+    one that is described: see the comment on `displacement`. Boxes without points count, too.
     """
     flow = np.zeros((len(points), 3))
     category = np.zeros(len(points), dtype=np.uint8)
@@ -640,7 +640,7 @@ def grown_flow(
             continue
         # The description says "mean displacement". The code takes the norm over the *points*, for
         # x, y, and z each, and then the mean of the three: it grows with the root of the number of
-        # points. A parked car of 400 points whose box trembles by 6 mm is over the threshold.
+        # points. A parked car of 400 points whose box jitters by 6 mm is over the threshold.
         motion = transform(moved_SE3_ego0, points[rows]) - points[rows]
         displacement = np.linalg.norm(motion, axis=0).mean()
         if displacement > 0.04:
@@ -663,7 +663,7 @@ def _motions_of_boxes(
     for box in boxes0:
         moved_SE3_ego0 = None
         if box.track in ego1_SE3_box1:
-            # The box carries its points along: from ego 0 into the box as it is at time 0, out of
+            # The points move with their box: from ego 0 into the box as it is at time 0, out of
             # the box as it is at time 1, and back to ego 0. The last step removes the ego-motion.
             ego0_SE3_box1 = inverse(ego1_SE3_ego0) @ ego1_SE3_box1[box.track]
             moved_SE3_ego0 = ego0_SE3_box1 @ inverse(box.ego_SE3_box)
@@ -672,7 +672,7 @@ def _motions_of_boxes(
 
 
 class _SortedPoints:
-    """The points of a sweep by x, so that each box tests a short slice instead of all of them."""
+    """The points of a sweep sorted by x, so that each box tests only a short slice of them."""
 
     def __init__(self, points: np.ndarray):
         self.points = points  # (N, 3)
@@ -698,7 +698,7 @@ class _SortedPoints:
 
 def check_ego_motion(ego1_SE3_ego0: np.ndarray, seconds: float) -> None:
     """Raise ValueError if no vehicle can move like this in that time."""
-    seconds = max(abs(seconds), 1e-9)  # two sweeps of one moment have one pose
+    seconds = max(abs(seconds), 1e-9)  # two sweeps at the same moment have the same pose
     speed = np.linalg.norm(ego1_SE3_ego0[:3, 3]) / seconds
     turn = np.degrees(Rotation.from_matrix(ego1_SE3_ego0[:3, :3]).magnitude()) / seconds
     if not (speed <= MAX_EGO_SPEED_MPS and turn <= MAX_EGO_TURN_DEG_PER_S):
@@ -768,8 +768,8 @@ def poses_from_rows(values: np.ndarray) -> np.ndarray:
 class Log:
     """What all sweeps of a log share."""
 
-    # Poses stay rows of numbers until they are asked for, so that one that is broken costs only
-    # the pairs that need it.
+    # Poses stay rows of numbers until they are needed, so that a broken one affects only the pairs
+    # that use it.
     pose_file: Path
     poses: dict[int, np.ndarray]  # time stamp -> (7,), see POSE_COLUMNS
     ground: Any  # GroundRaster or another map with `is_ground`, or "points" or "none"
@@ -895,7 +895,7 @@ def boxes_by_stamp(
     """The boxes of a file by time stamp, in file order; columns: one for each field of a Box.
 
     has_sweep: whether any stamp equals a sweep's. counts: the number of points in each box.
-    Raises DataError where motion would be lost, or invented, without a word.
+    Raises DataError where motion would otherwise be lost or invented without notice.
     """
     # Boxes without a point inside (17 % of the rows) are dropped, in either sweep of a pair. This
     # is not documented, but with it our labels equal the av2 package's to the last point.
@@ -907,7 +907,7 @@ def boxes_by_stamp(
 
     # A log with a broken box is refused as a whole: its points would count as background.
     is_finite = np.isfinite(ego_SE3_boxes).all() and ((sizes > 0) & np.isfinite(sizes)).all()
-    is_one_object = True  # two boxes of one sweep without a track, or with the same, are not
+    is_one_object = True  # False if two boxes of one sweep have no track, or the same one
     for of_sweep in boxes.values():
         is_one_object &= len({box.track for box in of_sweep} - {None, ""}) == len(of_sweep)
     for is_wrong, reason in (
@@ -957,7 +957,7 @@ def read_points(file: Path, read: Callable[[Path], np.ndarray] = _read_xyz) -> n
 
 def check_points(points: np.ndarray) -> None:
     """Raise ValueError if an array (N, 3) cannot be a sweep of a LiDAR."""
-    # A thousand rows tell enough, unless nothing came back in any of them.
+    # A thousand rows are enough, unless none of them is a return.
     sample = nan_bad_rows(points[:: len(points) // 1_000 + 1])
     if np.isnan(sample).all():
         sample = nan_bad_rows(points)
@@ -980,24 +980,24 @@ def nan_bad_rows(points: np.ndarray) -> np.ndarray:
     if not np.abs(points).max(initial=0) < FARTHEST_POINT_M:
         points[~(np.abs(points) < 1e9).all(axis=1)] = np.nan  # more than float32 can hold
         # A flipped bit can put a point a million meters away. (Clouds in city coordinates begin
-        # that far from their origin. If many points are astray, the file is: see check_points.)
+        # that far from their origin. If many points stray, the file is wrong: see check_points.)
         is_finite = np.isfinite(points[:, 0])
         middle = np.median(points[is_finite], axis=0) if is_finite.any() else np.zeros(3)
         is_stray = np.abs(points - middle).max(axis=1) > FARTHEST_POINT_M
         if is_stray.sum() < 0.1 * is_finite.sum():
             points[is_stray] = np.nan
-    # Many drivers write 0 0 0 where nothing came back.
+    # Many drivers write 0 0 0 for a ray without a return.
     rows = np.flatnonzero(points[:, 0] == 0)
     points[rows[(points[rows] == 0).all(axis=1)]] = np.nan
     return points
 
 
 def read_feather(file: Path, columns: list[str], content: bytes | None = None) -> pyarrow.Table:
-    """A file that has these columns, or else a DataError; content: its bytes, if in an archive."""
+    """A file that must have these columns, else DataError; content: its bytes, if in an archive."""
     with naming(file, "not a whole Feather file"):
         if content is None and not file.exists():
             raise DataError(f"{file}: no such file; download the log again or remove it")
-        # pyarrow would not take every name: it must be UTF-8, and ~ is another folder for it.
+        # pyarrow does not accept every name: it must be UTF-8, and ~ becomes the home folder.
         content = file.read_bytes() if content is None else content
         table = feather.read_table(pyarrow.BufferReader(content))
         table.validate(full=True)  # a wrong offset of a text would crash the process later

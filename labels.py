@@ -9,13 +9,13 @@ is found by log and time stamps, never by position in a list, so a missing file 
 
 Columns: flow_tx_m, flow_ty_m, flow_tz_m (float16; residual flow in meters, ego frame of sweep 0),
 has_flow (bool; the point is not ground and lies in the grid), and gain (float16; how certain the
-flow is, see `nsfp.TeacherFlow`; labels of an older version do not have it). The metadata hold a
+flow is, see `nsfp.TeacherFlow`; labels of an older version do not have it). The metadata holds a
 checksum of the file, and a fingerprint of the points, ground and ego-motion that the teacher was
 given: many drives have the same names and time stamps, and poses or maps may be added after
 labeling.
 
-Processes and machines need not talk to each other: each makes what is missing in its shard, and a
-file appears whole or not at all. Any run may be killed and started again. The labels that the
+Processes and machines need not communicate: each makes the missing labels of its shard, and a file
+is written completely or not at all. Any run may be killed and started again. The labels that the
 paper's authors have published can be used in the same way.
 """
 
@@ -73,7 +73,7 @@ def write_label(folder: str | Path, label: Label) -> Path:
     columns["gain"] = label.gain.numpy().astype(np.float16)
     table = pyarrow.table(columns)
 
-    # The metadata tells whose label this is, even if the file is renamed or moved.
+    # The metadata tells which pair the label belongs to, even if the file is renamed or moved.
     metadata = {
         **label.key._asdict(),
         "num_points": len(label.flow),
@@ -147,7 +147,7 @@ def _read_unspoiled(path: Path) -> bytes:
         raise DataError(f"{path}: {what}") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); {_LABEL_AGAIN}") from error
-    # The most frequent fault is a copy that stopped half-way. It lacks the end.
+    # The most frequent fault is an interrupted copy, which lacks the end.
     if not content.endswith(b"ARROW1"):
         raise DataError(f"{path}: not a whole Feather file; {_LABEL_AGAIN}")
     stored = re.search(rb'"checksum": "([0-9a-f]{64})"', content)
@@ -156,15 +156,15 @@ def _read_unspoiled(path: Path) -> bytes:
         raise DataError(f"{path}: {what}; {_LABEL_AGAIN}")
     as_written = content.replace(stored[1], _NO_CHECKSUM.encode())
     if hashlib.sha256(as_written).hexdigest() != stored[1].decode():
-        what = "its rows or settings are not those it was written with"
+        what = "its rows or settings have changed since it was written"
         raise DataError(f"{path}: {what}; {_LABEL_AGAIN}")
     return content
 
 
 def _read_end(path: Path, key: PairKey) -> dict:
-    """The metadata of a label, without its rows: a fiftieth of the time that the whole takes.
+    """The metadata of a label, without its rows: a fiftieth of the time that a whole one takes.
 
-    Raises DataError if the file has no end, as a copy that stopped half-way, or is another pair's.
+    Raises DataError if the end is missing, as in an interrupted copy, or if it is another pair's.
     """
     try:
         with open(path, "rb") as file:
@@ -204,7 +204,7 @@ def _flow_columns(
     if not types.is_boolean(table[mask].type) or table[mask].null_count:
         found = f"its column {mask} is {table[mask].type} with {table[mask].null_count} nulls"
         raise DataError(f"{file}: {found}, expected bool without nulls; {remedy}")
-    with np.errstate(invalid="ignore"):  # for a NaN of the kind that raises alarm
+    with np.errstate(invalid="ignore"):  # a signaling NaN would cause a warning
         flow = torch.from_numpy(data.read_numbers(file, table, data.FLOW_COLUMNS)).float()
     return flow, torch.from_numpy(table[mask].to_numpy().astype(bool))  # (N0, 3), (N0,)
 
@@ -252,7 +252,7 @@ def _open_any(folder: Path, dataset: data.Pairs) -> LabelFolder:
         return LabelFolder(labeled, read, data.GRID_HALF_EXTENT_M, "published")
     settings = folder_settings(folder)
     teacher = settings_hash(settings)
-    # A label is only looked for here. Reading all of them would take hours for a large data set.
+    # Only the files' names are checked here. Reading all labels of a large data set takes hours.
     names_of = _listing(folder)
     labeled = array("l")
     for i, key in enumerate(dataset.pair_keys):
@@ -273,7 +273,7 @@ def _read_own(folder: Path, teacher: str, pair: SweepPair) -> Label:
         raise ForeignLabel(f"{path}: {_FOREIGN}")
     # Two drives may have the same name and times, and poses or ground may have changed.
     if label.fingerprint != pair.fingerprint:
-        what = "is the label of other points, poses or ground than the data has now"
+        what = "was made from other points, poses or ground than the data has now"
         remedy = "if the data has changed, delete the label; if not, choose another folder"
         raise ForeignLabel(f"{path}: {what}; {remedy}")
     return label
@@ -300,7 +300,7 @@ def folder_settings(folder: str | Path) -> dict:
     except (ValueError, TypeError, OSError, RecursionError) as error:
         what = f"is not JSON of settings ({error})"
         raise DataError(f"{file}: {what}; restore it, or label into a new folder") from error
-    # Older versions knew one grid only and did not store it. Their labels are other labels.
+    # Older versions had only one grid and did not store it. Their labels cannot be used.
     if "half_extent_m" not in settings:
         what = "holds labels of other settings (half_extent_m, their grid, is missing there)"
         raise DataError(f"{file}: {what}; label into a new folder")
@@ -364,7 +364,7 @@ def _read_published(files: dict[PairKey, Path], pair: SweepPair) -> Label:
     if not zeroflow.is_plausible(flow, data.GRID_HALF_EXTENT_M):
         raise DataError(f"{file}: {_IMPLAUSIBLE}; download it again")
     settings = {"teacher": "published", "half_extent_m": list(data.GRID_HALF_EXTENT_M)}
-    # Nobody knows the authors' fingerprint, but their rows have been compared with the pair's.
+    # There is no fingerprint by the authors, but their rows have been compared with the pair's.
     gain = torch.full_like(flow[:, 0], torch.nan)
     return Label(pair.key, flow, has_flow, settings, math.nan, seconds, pair.fingerprint, gain)
 
@@ -374,7 +374,7 @@ def _read_published_feather(file: Path, pair: SweepPair) -> tuple[Tensor, Tensor
     table = data.read_feather(file, [*data.FLOW_COLUMNS, "is_valid"])
     if table.num_rows != len(pair.pc0):
         rows = f"has {table.num_rows} rows, its sweep has {len(pair.pc0)} points"
-        raise DataError(f"{file}: {rows}; is it of this log?")
+        raise DataError(f"{file}: {rows}; does it belong to this log?")
     estimate, is_valid = _flow_columns(file, table, "is_valid", "download it again")
     # Their estimate may cover more points than ours would, for instance of a larger grid.
     has_flow = is_valid & data.input_masks(pair)[0]
@@ -388,15 +388,15 @@ def _read_published_npz(file: Path, pair: SweepPair) -> tuple[Tensor, Tensor, fl
     expected = data.input_masks(pair)[0][not_ground].nonzero()[:, 0]
 
     # Without this check, a single point that is ground to us but not to the authors would shift all
-    # rows after it. The authors labeled the points in the grid, as we do: if their rows are ours,
-    # their ground is, too. 1 % may differ, because of points on the border of the grid.
+    # rows after it. The authors labeled the points in the grid, as we do: if their rows match ours,
+    # so does their ground. 1 % may differ, because of points on the border of the grid.
     if np.setxor1d(rows, expected).size > 0.01 * len(expected):
         sweep = f"sweep {pair.timestamp0_ns} of log {pair.log_id}"
         raise DataError(
             f"{file}: labels other points than those in the grid and not ground of {sweep}; "
-            "is it of this sweep, and was the ground found by the same rule?"
+            "does it belong to this sweep, and was the ground found by the same rule?"
         )
-    # Each number becomes a row of sweep 0; what they number beyond its end is part of that 1 %.
+    # Each number becomes a row of sweep 0. Numbers beyond its end are part of that 1 %.
     is_known = rows < len(not_ground)
     labeled = not_ground[rows[is_known]]
     flow, has_flow = torch.zeros_like(pair.pc0), torch.zeros_like(pair.is_ground0)
@@ -413,7 +413,7 @@ def _load_npz(file: Path) -> tuple[Tensor, Tensor, float]:
         seconds = float(np.sum(arrays["delta_time"]))
     if flow.dtype.kind != "f" or numbers.dtype.kind not in "iu":
         raise ValueError(f"flow of {flow.dtype} for valid_idxes of {numbers.dtype}")
-    with np.errstate(invalid="ignore"):  # for a NaN of the kind that raises alarm
+    with np.errstate(invalid="ignore"):  # a signaling NaN would cause a warning
         estimate = torch.from_numpy(flow.astype(np.float64)).float().reshape(-1, 3)
     rows = torch.from_numpy(numbers.astype(np.int64)).flatten()
     distinct = len(rows.unique())
@@ -434,7 +434,7 @@ class LabelStatus(NamedTuple):
     """
 
     states: dict[str, dict[PairKey, str]]
-    seconds: list[float]  # that the teacher took, for each label made where it is known
+    seconds: list[float]  # the teacher's time for each label that is made, where it is known
     is_published: bool
 
 
@@ -502,7 +502,7 @@ def label_state(
     whole: read the label completely, and not only its end. Then no flipped bit goes unnoticed.
     The label is not compared with its sweep.
     """
-    # A label is made if it is whole and the pair's own, not if a file of its name exists.
+    # A label is made if it is whole and belongs to the pair; a file of its name is not enough.
     state, reason = "missing", ""
     path = label_path(folder, key)
     if path.name in names:
@@ -517,7 +517,7 @@ def label_state(
                 return "made", "", about["seconds"]
             return "foreign", f"{path}: {_FOREIGN}", math.nan
 
-    # Has the last run left a note? Another one may label the pair right now, and remove the note.
+    # Did the last run leave a note? Another one may be labeling the pair and remove the note.
     note = _failure_path(folder, key)
     if note.name not in names:
         return state, reason, math.nan
@@ -525,7 +525,7 @@ def label_state(
         try:
             state, reason = "failed", str(json.loads(note.read_text(encoding="utf-8"))["reason"])
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            state, reason = "failed", f"{note}: does not tell why ({error!r}); delete the file"
+            state, reason = "failed", f"{note}: gives no reason ({error!r}); delete the file"
     return state, reason, math.nan
 
 
@@ -568,12 +568,12 @@ def label_dataset(
     """Make those labels of shard i of n that are missing or torn.
 
     workers: processes of one thread each (None: one per core, at most 8 for a GPU); 1 starts none.
-    whole: also read the labels that are there completely, and make those again that are damaged in
-    the middle; otherwise only their ends are read, which is fifty times faster.
+    whole: also read existing labels completely, and make those again that are damaged in the
+    middle; otherwise only their ends are read, which is fifty times faster.
 
     A pair fails if it cannot be read or fitted, if there is too little memory for it, or if its
-    process dies; the next run tries again. Of the labels that are there already, COMPARED, evenly
-    spread, are compared with their pairs: comparing all would mean to read every sweep.
+    process dies; the next run tries again. COMPARED of the existing labels, evenly spread, are
+    compared with their pairs: comparing all would mean reading every sweep.
     Raises DataError if the folder has labels of other settings or other data, or if more than
     `max_broken` of the shard's pairs (counted as at least 100) fail; OSError if a label cannot be
     written.
@@ -587,7 +587,7 @@ def label_dataset(
         raise DataError(f"{folder}: {what}; was the same folder given twice?")
     claim_folder(folder, label_settings)
 
-    # What is there already? The ends of labels are read, since a file may be torn.
+    # Which labels exist already? Their ends are read, since a file may be torn.
     mine = np.flatnonzero(numbers % np.uint64(shard[1]) == shard[0]).tolist()
     teacher = settings_hash(label_settings)
     found = _label_states(folder, [keys[i] for i in mine], teacher, whole)
@@ -619,7 +619,7 @@ def label_dataset(
                 if outcome.suspicion is not None:
                     suspicious.append((keys[i], outcome.suspicion))
             progress.update(len(chunk))
-            # Beyond some failures it is the data that is broken, or the settings: stop early.
+            # With many failures, the data or the settings must be wrong: stop early.
             if len(failed) > allowed:
                 what = f"{len(failed)} pairs could not be labeled"
                 limit = f"more than --max-broken {max_broken} of {len(mine)}"
@@ -631,8 +631,8 @@ def label_dataset(
 def _without_torn(dataset: data.Pairs, folder: Path, teacher: str, made: list[int]) -> list[int]:
     """Read a few of these labels with their pairs; return all but those that turn out torn.
 
-    Raises ForeignLabel if one does not belong to its pair's input. It is for the user to decide
-    then: these may be hours of work, the labels of another drive.
+    Raises ForeignLabel if one does not belong to its pair's input. Then the user must decide: these
+    may be hours of work, such as the labels of another drive.
     """
     torn = set()
     for position in data.evenly_spread(len(made), COMPARED):
@@ -650,7 +650,7 @@ def _without_torn(dataset: data.Pairs, folder: Path, teacher: str, made: list[in
 
 
 def claim_folder(folder: str | Path, settings: dict) -> None:
-    """Write the settings into a new folder; raise DataError if the folder has other ones.
+    """Write the settings into a new folder; raise DataError if the folder has different ones.
 
     settings: the teacher's and the grid, as `zeroflow.label_settings` returns them.
     """
@@ -697,7 +697,7 @@ def _delete_if_old(unfinished: Path) -> None:
 
 
 def shard_of(key: PairKey, shards: int) -> int:
-    """The shard of a pair, 0 ... shards - 1: the same on every machine, whatever else is there."""
+    """The shard of a pair, 0 ... shards - 1: the same on every machine and in every data set."""
     return _number_of(key) % shards
 
 
@@ -729,7 +729,7 @@ def chosen_shard(
             shard = str((int(shard) - int(first)) // int(step))
     else:
         return 0, 1
-    # A list of tasks with gaps ends up here: some shards would be nobody's.
+    # A list of tasks with gaps ends up here: some shards would belong to no task.
     if not (shard.isdecimal() and shards.isdecimal() and int(shard) < int(shards)):
         what = f"{shard!r} of {shards!r} is not a shard; shards are 0/n ... n-1/n"
         raise DataError(f"{source}: {what}; choose one with --shard i/n")
@@ -738,7 +738,7 @@ def chosen_shard(
 
 def usable_cores() -> int:
     """Cores that this process may use, its share of them if torchrun started several ranks here."""
-    # A scheduler may give a process fewer cores than the machine has. macOS cannot tell.
+    # A scheduler may give a process fewer cores than the machine has. macOS does not report this.
     has_affinity = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
@@ -779,7 +779,7 @@ def suspicion(label: Label, pair: SweepPair) -> str | None:
     alone = share_without_partner(label, pair)
     if alone > MAX_WITHOUT_PARTNER:
         found = f"{100 * alone:.0f} % of the points have no partner within {PARTNER_REACH_M:g} m"
-        return f"{found} in sweep 1: is it whole, the next one, and its pose right?"
+        return f"{found} in sweep 1: is that sweep whole, the next one, and its pose right?"
     return None
 
 
@@ -815,8 +815,8 @@ def common_motion(label: Label, pair: SweepPair, reach: float = 0.3) -> CommonMo
     settings = dataclasses.replace(nsfp.TEACHERS["fast"], **about)
     motion = nsfp.motions_by_ransac(points, points + flow, cluster, settings)  # (1, 3, 4)
 
-    # The teacher leaves smooth walls where they are, since sweep 1 does not tell how far they have
-    # slid along themselves. In a street of walls most flow is 0. So let sweep 1 decide, by ICP.
+    # The teacher leaves smooth walls where they are, since sweep 1 cannot show a motion along the
+    # wall. In a street of walls most flow is 0. So let sweep 1 decide, by ICP.
     sweep1 = nsfp.Neighbors(target.double())
     for _ in range(10):
         partner, is_found = sweep1.partners(nsfp.move(points, motion, cluster), reach)
@@ -835,14 +835,14 @@ def common_motion(label: Label, pair: SweepPair, reach: float = 0.3) -> CommonMo
 
 
 class _Outcome(NamedTuple):
-    """What became of a pair."""
+    """The outcome of labeling one pair."""
 
     failure: str | None = None  # why it has no label
     suspicion: str | None = None  # why its label may be wrong
 
 
 def _label_chunk(dataset, folder, settings, half_extent_m, device, chunk) -> list[_Outcome]:
-    """Write the labels of some pairs. Returns what became of each."""
+    """Write the labels of some pairs. Returns the outcome of each."""
     outcomes, pairs = dict.fromkeys(chunk, _Outcome()), {}
     for i in chunk:
         try:
@@ -852,7 +852,7 @@ def _label_chunk(dataset, folder, settings, half_extent_m, device, chunk) -> lis
         except MemoryError as error:
             outcomes[i] = _Outcome(failure=_out_of_memory(error))
 
-    # A fit that diverges leaves the others unharmed: they only share the time.
+    # A fit that diverges does not affect the others: they only share the time.
     make = functools.partial(
         zeroflow.make_labels, settings=settings, half_extent_m=half_extent_m, device=device
     )
@@ -874,15 +874,15 @@ def _label_chunk(dataset, folder, settings, half_extent_m, device, chunk) -> lis
 
 
 def _labels_or_reasons(pairs: list[SweepPair], make: Callable) -> list[Label | str]:
-    """What `make` makes of the pairs; for a pair that needs too much memory, the reason."""
+    """The labels that `make` returns; for a pair that needs too much memory, the reason."""
     try:
         return make(pairs)
     except (MemoryError, RuntimeError) as error:
         reason = _out_of_memory(error)
         if reason is None:
             raise
-    # Here the error is gone, and with it the tensors that its traceback held. Side by side the
-    # pairs may need too much memory, one after the other perhaps only one of them.
+    # By now the error is gone, and with it the tensors that its traceback held. The pairs may need
+    # too much memory together; one by one, perhaps only one of them does.
     if len(pairs) == 1:
         return [reason]
     return [result for pair in pairs for result in _labels_or_reasons([pair], make)]
@@ -890,7 +890,7 @@ def _labels_or_reasons(pairs: list[SweepPair], make: Callable) -> list[Label | s
 
 def _out_of_memory(error: Exception) -> str | None:
     """The reason why a pair failed for lack of memory; None for any other error."""
-    # PyTorch raises a RuntimeError, on a CPU one of no class of its own.
+    # PyTorch raises a RuntimeError; on a CPU, it is not even a subclass.
     text = " ".join(str(error).split())
     phrases = ("out of memory", "can't allocate memory", "not enough memory")
     if not isinstance(error, MemoryError) and not any(phrase in text for phrase in phrases):
@@ -927,7 +927,7 @@ def _run(
         for _ in range(min(processes, len(chunks))):
             workers.append(_Worker(job))
         while True:
-            # Whoever has nothing to do gets the next chunk.
+            # Idle workers get the next chunk.
             for worker in workers:
                 if waiting and worker.chunk is None:
                     worker.give(waiting.popleft())
@@ -942,7 +942,7 @@ def _run(
 
 
 class _Worker:
-    """A process that does one chunk after the other, and is replaced if it dies.
+    """A process that works on one chunk after the other, and is replaced if it dies.
 
     The pools of the standard library do not tell which chunk a process had when it was killed, for
     lack of memory for instance. Here each has a pipe of its own, which ends when the process does.

@@ -499,7 +499,7 @@ def test_gaps_strange_names_and_repeated_times_are_skipped_and_reported(tmp_path
         and "no pair at 100000000" in gap
         and "0.20 s later" in gap
     )
-    assert "000000.npy: has the time of 0.npy; remove one" in repeated
+    assert "000000.npy: has the same time as 0.npy; remove one" in repeated
     assert pairs[0].pc0.tolist() == [[3, 3, 3]]  # 0.npy, the first of the two
     for name, content in (("000001.npy", b""), ("000004.npy", b"\x93NUMPY")):
         (tmp_path / name).write_bytes(content)
@@ -756,7 +756,7 @@ def test_no_returns_and_the_egos_own_body_are_nan_and_a_note_counts_them(tmp_pat
         np.save(tmp_path / name, cloud)
     pairs = data.open_dataset(tmp_path)
     assert pairs.notes[-1] == (
-        f"{tmp_path / NUMBERED[0]}: of its 7,039 points 2,007 are no returns (0 0 0, or not "
+        f"{tmp_path / NUMBERED[0]}: of its 7,039 points, 2,007 are not returns (0 0 0, or not "
         "finite) and 32 are nearer than 2.5 m (--min-range-m); such points are "
         "ignored in all clouds"
     )

@@ -142,7 +142,7 @@ def test_predict_as_a_user_types_it(tmp_path, student_file, street_folder, stree
         ),
         (
             ["evaluate", "--data", "x", "--baseline", "nearest", "--dtype", "bfloat16"],
-            "--dtype: is the student's",
+            "--dtype: is only for a student",
         ),
         ([*common[:3], "a.bin", "b.bin", "--out", str(npz)], "a.bin: no such file"),
         (
@@ -226,7 +226,7 @@ def test_mistakes_get_one_clear_line_and_a_status(tmp_path, street_folder, capsy
         ),
         (
             ("evaluate", "--data", street_folder, "--baseline", "nearest", "--seed", 1),
-            "--seed: is the teacher's",
+            "--seed: is only for a teacher",
         ),
         (
             ("status", "--data", street_folder, "--labels", tmp_path),
@@ -348,7 +348,7 @@ def test_evaluation_names_broken_pairs_and_goes_on_up_to_a_share(
     assert commands.main(command) == 1  # not all went well
     printed = capsys.readouterr()
     assert printed.err.count("left out: ") == 2 and "not a whole Feather file" in printed.err
-    assert "2 pairs were left out; stderr says why" in printed.out
+    assert "2 pairs were left out; the reasons are on stderr" in printed.out
     found = json.loads(numbers.read_text())
     whole = zeroflow.evaluate([street[2], street[3]], zeroflow.from_baseline("nearest")).numbers
     assert (found["pairs"], found["broken"]) == (2, 2) and found["grid_epe"] == whole["grid_epe"]
@@ -389,7 +389,7 @@ def test_labels_that_cover_some_pairs_are_evaluated_on_those_and_it_is_said(
     assert commands.main(["evaluate", "--data", str(street_folder), "--labels", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert (
-        f"{tmp_path}: has 1 of 4 pairs; the first without is {tuple(street.pair_keys[0])}"
+        f"{tmp_path}: has 1 of 4 pairs; the first missing one is {tuple(street.pair_keys[0])}"
         in printed
     )
     expected = zeroflow.evaluate(

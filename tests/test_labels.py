@@ -132,11 +132,11 @@ def _foreign(path):
         (_cut, "1.feather: not a whole Feather file"),
         (
             _fewer_rows,
-            "1.feather: its rows or settings are not those it was written with; delete the file",
+            "1.feather: its rows or settings have changed since it was written; delete the file",
         ),
         (
             _other_settings,
-            "1.feather: its rows or settings are not those it was written with; delete the file",
+            "1.feather: its rows or settings have changed since it was written; delete the file",
         ),
         (_foreign, "1.feather: not a label of this project .* delete the file"),
         (lambda path: path.unlink(), "1.feather: does not exist; make it with"),
@@ -344,7 +344,7 @@ def test_labels_of_other_points_poses_or_ground_are_refused_and_left_alone(
     before = {path: path.read_bytes() for path in folder.rglob("*.*")}
     other = Changed(street, change)
     message = (
-        r"\.feather: is the label of other points, poses or ground than the data has now; "
+        r"\.feather: was made from other points, poses or ground than the data has now; "
         "if the data has changed, delete the label; if not, choose another folder"
     )
     with pytest.raises(data.DataError, match=message):
@@ -355,7 +355,7 @@ def test_labels_of_other_points_poses_or_ground_are_refused_and_left_alone(
     assert {path: path.read_bytes() for path in folder.rglob("*.*")} == before
     status = labels.label_status(other, folder)
     assert [len(keys) for keys in status.states.values()] == [0, 1, 0, 0, 3]
-    assert "is the label of other points" in status.states["foreign"][street.pair_keys[1]]
+    assert "was made from other points" in status.states["foreign"][street.pair_keys[1]]
     assert counts_of_sample(other, folder, 0) == [3, 1, 0, 0, 0]  # by themselves they are whole
     assert counts(street, folder) == [3, 1, 0, 0, 0]
 
@@ -837,7 +837,7 @@ def test_a_note_that_does_not_tell_why_a_pair_failed_is_named(tmp_path, street, 
     path.write_bytes(note)
     status = labels.label_status(street, tmp_path)
     reason = status.states["failed"][street.pair_keys[2]]
-    assert len(status.states["missing"]) == 3 and reason.startswith(f"{path}: does not tell why (")
+    assert len(status.states["missing"]) == 3 and reason.startswith(f"{path}: gives no reason (")
 
 
 def test_of_two_runs_that_claim_a_folder_at_once_the_labels_of_one_are_foreign(
@@ -1108,7 +1108,7 @@ def test_status_of_published_labels_reads_a_sample(tmp_path, street):
     status = labels.label_status(street, tmp_path, None)
     assert status.is_published and status.seconds == []
     assert [len(keys) for keys in status.states.values()] == [2, 1, 1, 0, 0]
-    assert "is it of this log?" in status.states["torn"][street.pair_keys[2]]
+    assert "does it belong to this log?" in status.states["torn"][street.pair_keys[2]]
     assert counts_of_sample(street, tmp_path, 2) == [3, 1, 0, 0, 0]  # the first two that are made
     label_folder = labels.open_labels(tmp_path, street)
     assert label_folder.half_extent_m == (51.2, 51.2, 3.0) and label_folder.teacher == "published"

@@ -293,7 +293,7 @@ def test_of_a_published_student_it_is_said_what_is_assumed(tmp_path, street_fold
     torch.save({"state_dict": {f"model.{name}": tensor for name, tensor in state.items()}}, file)
     argv = ["show", "--data", str(street_folder), "--checkpoint", str(file), "--device", "cpu"]
     assert commands.main([*argv, "--out", str(tmp_path / "a.png")]) == 0
-    said = "does not tell its grid and frames; assumed are 102.4 x 102.4 x 6 m around the ego"
+    said = "does not store its grid and frames; assuming 102.4 x 102.4 x 6 m around the ego"
     assert f"{file}: {said}" in capsys.readouterr().err
 
 
@@ -301,7 +301,7 @@ def test_without_a_method_the_student_that_comes_with_the_project_is_taken_and_n
     tmp_path, street_folder, street, student_file, capsys, monkeypatch
 ):
     monkeypatch.setattr(commands, "OUR_WEIGHTS", student_file)
-    said = "no --checkpoint: taking our own, which has learned from synthetic streets alone"
+    said = "no --checkpoint: using our own, which was trained on synthetic streets only"
     folder, with_own = ["--data", str(street_folder)], ["--checkpoint", str(student_file)]
     for command, out in (("show", "a.png"), ("video", "a.gif"), ("predict", "flow")):
         made = []
@@ -368,7 +368,7 @@ def test_a_folder_is_predicted_pair_by_pair_and_what_is_there_is_kept(
     assert f"1 pairs predicted, {len(street) - 1} were there" in capsys.readouterr().out
     assert other.exists() and file.stat().st_mtime_ns == before
     assert commands.main([*argv, "--total"]) == 1
-    assert "holds flow of another student, or other flow" in capsys.readouterr().err
+    assert "holds flow of another student or kind" in capsys.readouterr().err
 
 
 def test_a_pair_that_cannot_be_read_costs_predict_only_itself(
