@@ -424,6 +424,102 @@ class Film:
         return height / 2 - zoom * above, width / 2 - zoom * points[:, 1], depth
 
 
+# --- Your own logs --------------------------------------------------------------------------------
+
+
+def side_view_figure(
+    panels: dict[str, dict[str, torch.Tensor]],
+    title: str,
+    colors: dict[str, str],
+    grid_z_m: float | None = None,
+    half_m: float = 25.6,
+    z_m: tuple[float, float] = (-5.0, 7.0),
+) -> Figure:
+    """Points seen from the right side of the car: x to the right, z up, one panel below the other.
+
+    panels: title -> group -> points (N, 3). colors: group -> color. grid_z_m: the grid reaches from
+    -grid_z_m to grid_z_m, which is shaded.
+    """
+    height_in = 1.2 + len(panels) * (0.5 + 9.5 * (z_m[1] - z_m[0]) / (2 * half_m))
+    figure = Figure(figsize=(10.5, height_in), dpi=80, layout="constrained")
+    axes = figure.subplots(len(panels), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    for ax, (name, groups) in zip(axes, panels.items(), strict=True):
+        if grid_z_m is not None:
+            ax.axhspan(-grid_z_m, grid_z_m, color="0.94", label="inside the grid")
+        for group, points in groups.items():
+            style = {"s": 2.5, "color": colors[group], "linewidths": 0, "rasterized": True}
+            ax.scatter(points[:, 0], points[:, 2], **style)
+            ax.scatter([], [], s=30, color=colors[group], label=group)  # for the legend
+        ax.plot(0, 0, marker=">", color="black", linestyle="", label="origin of the frame")
+        ax.set(title=name, xlim=(-half_m, half_m), ylim=z_m, aspect="equal", ylabel="z, up (m)")
+    axes[-1].set_xlabel("x, forward (m)")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    figure.suptitle(title)
+    return figure
+
+
+def torn_sweep_figure(
+    clouds: dict[str, torch.Tensor],
+    window: tuple[float, float, float, float],
+    place: tuple[float, float, float],
+    title: str,
+) -> Figure:
+    """The same sweep in two versions, from above: everything, and a window enlarged.
+
+    clouds: name -> points (N, 3), twice. window: (x from, x to, y from, y to) in meters. place: (x,
+    y, radius) of a circle in the window, around what the title talks about.
+    """
+    figure = Figure(figsize=(11, 5.6), layout="constrained")
+    whole, near = figure.subplots(1, 2)
+    colors = (GROUPS["background"], "tab:red")
+    for (name, points), color in zip(clouds.items(), colors, strict=True):
+        draw_points(whole, points, color, size=4.0)
+        draw_points(near, points, color, size=30.0)
+        near.scatter([], [], color=color, label=name)  # for the legend
+    x0, x1, y0, y1 = window
+    whole.plot([x0, x1, x1, x0, x0], [y0, y0, y1, y1, y0], color="black", linewidth=1)
+    whole.plot(0, 0, marker=">", color="black")  # the ego, which looks to the right
+    whole.set(title="the sweep, from above", xlim=(-26, 26), ylim=(-26, 26), aspect="equal")
+    near.set(title="the box enlarged", xlim=(x0, x1), ylim=(y0, y1), aspect="equal")
+    near.add_patch(Circle(place[:2], place[2], fill=False, edgecolor="black", linewidth=1.5))
+    for ax in (whole, near):
+        ax.set(xlabel="x, forward (m)", ylabel="y, left (m)")
+    handles, labels = near.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    figure.suptitle(title)
+    return figure
+
+
+def judged_figure(panels: dict[str, dict[str, float]], title: str) -> Figure:
+    """One panel per number, with a bar per method; lower is better, and the lowest has a star.
+
+    panels: name of the number, with its unit -> method -> value. A value that a method does not
+    have is NaN, and its bar is missing.
+    """
+    figure = Figure(figsize=(3.6 * len(panels), 3.8), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    others = ("tab:orange", "tab:brown", "tab:pink", "tab:olive")  # of methods without a color
+    for ax, (name, values) in zip(axes, panels.items(), strict=True):
+        methods, heights = list(values), np.array(list(values.values()))
+        best = int(np.nanargmin(heights))
+        for place, (method, height) in enumerate(values.items()):
+            color = METHODS.get(method, others[place % len(others)])
+            if math.isnan(height):
+                ax.text(place, 0, "none", ha="center", va="bottom", color="0.4", fontsize=8)
+                continue
+            ax.bar(place, height, color=color)
+            text = f"★ {height:.3f}" if place == best else f"{height:.3f}"
+            ax.text(place, height, text, ha="center", va="bottom", fontsize=8)
+        ax.set(title=name, xticks=range(len(methods)), xlim=(-0.6, len(methods) - 0.4))
+        ax.set_xticklabels(methods, rotation=35, ha="right")
+        ax.margins(y=0.15)
+        ax.grid(axis="y", alpha=0.3)
+        ax.set_axisbelow(True)
+    figure.suptitle(title)
+    return figure
+
+
 # --- Training -------------------------------------------------------------------------------------
 
 

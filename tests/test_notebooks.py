@@ -18,9 +18,9 @@ def code_cells(notebook: Path) -> list[dict]:
     return [cell for cell in cells if cell["cell_type"] == "code"]
 
 
-def test_there_are_seven_notebooks_and_their_solutions_and_the_readme_links_them_in_order():
+def test_there_are_eight_notebooks_and_their_solutions_and_the_readme_links_them_in_order():
     names = [notebook.name for notebook in NOTEBOOKS]
-    assert [name[:3] for name in names] == [*(f"{i:02}_" for i in range(1, 8)), "sol"]
+    assert [name[:3] for name in names] == [*(f"{i:02}_" for i in range(1, 9)), "sol"]
     links = re.findall(r"\(notebooks/(\w+\.ipynb)\)", (ROOT / "README.md").read_text())
     assert links == names
 
