@@ -440,6 +440,7 @@ def side_view_figure(
     panels: title -> group -> points (N, 3). colors: group -> color. grid_z_m: the grid reaches from
     -grid_z_m to grid_z_m, which is shaded.
     """
+    # Both axes have the same scale, so the height follows from the width; titles take the rest.
     height_in = 1.2 + len(panels) * (0.5 + 9.5 * (z_m[1] - z_m[0]) / (2 * half_m))
     figure = Figure(figsize=(10.5, height_in), dpi=80, layout="constrained")
     axes = figure.subplots(len(panels), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
@@ -453,6 +454,7 @@ def side_view_figure(
         ax.plot(0, 0, marker=">", color="black", linestyle="", label="origin of the frame")
         ax.set(title=name, xlim=(-half_m, half_m), ylim=z_m, aspect="equal", ylabel="z, up (m)")
     axes[-1].set_xlabel("x, forward (m)")
+    # All panels have the same groups, so one legend is enough.
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     figure.suptitle(title)
@@ -505,6 +507,7 @@ def judged_figure(panels: dict[str, dict[str, float]], title: str) -> Figure:
         best = int(np.nanargmin(heights))
         for place, (method, height) in enumerate(values.items()):
             color = METHODS.get(method, others[place % len(others)])
+            # Nothing that a method of no motion moves could be rigid: that is not a 0.
             if math.isnan(height):
                 ax.text(place, 0, "none", ha="center", va="bottom", color="0.4", fontsize=8)
                 continue

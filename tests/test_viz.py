@@ -128,3 +128,19 @@ def test_costs_are_bars_with_their_dollars_from_top_to_bottom():
     assert [bar.get_width() for bar in ax.patches] == [1234.4, 49.0]
     assert [text.get_text() for text in ax.texts] == ["$1,234", "$49"]
     assert ax.yaxis_inverted()
+
+
+def test_the_best_bar_has_a_star_and_a_number_that_is_missing_has_no_bar():
+    numbers = {"no-motion": float("nan"), "nearest": 0.5, "student": 0.25}
+    (ax,) = viz.judged_figure({"a number (m)": numbers}, "title").axes
+    assert [bar.get_height() for bar in ax.patches] == [0.5, 0.25]
+    assert [text.get_text() for text in ax.texts] == ["none", "0.500", "★ 0.250"]
+
+
+def test_a_side_view_has_x_to_the_right_z_up_and_the_height_of_the_grid():
+    points = {"kept": torch.tensor([[1.0, 9.0, 2.0]])}
+    figure = viz.side_view_figure({"a panel": points}, "title", {"kept": "tab:blue"}, grid_z_m=3.0)
+    (ax,) = figure.axes
+    assert ax.collections[0].get_offsets().tolist() == [[1.0, 2.0]]
+    band = ax.patches[0].get_window_extent().transformed(ax.transData.inverted())
+    assert (round(band.y0, 6), round(band.y1, 6)) == (-3.0, 3.0)
