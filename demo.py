@@ -35,7 +35,7 @@ from data import DataError
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """What the demo needs beside the settings of the trainer."""
+    """What the demo needs besides the settings of the trainer."""
 
     train_logs: int = 200  # logs of the street to learn from
     test_logs: int = 6  # logs of the street to compare on, which the student never sees
@@ -46,18 +46,18 @@ GRID = fastflow3d.MODELS["narrow"].half_extent_m
 STREET = synthetic.PRESETS["small"]
 TRAIN_SEED, TEST_SEED = 0, 1  # of the street's logs
 
-# The street's teacher is a hasty `fast`: one network, half of the steps, and a motion counts as
-# soon as it explains sweep 1 better than no motion does. So it finds more of what moves, and moves
-# some of what stands. The better teacher takes twice as long. On the street, points are so sparse
-# that those of one object, and a moved point and sweep 1, are farther apart.
+# The street's teacher is a hasty `fast`: one network, half of the steps, and it accepts a motion as
+# soon as it explains sweep 1 better than no motion does. So it finds more of the moving points, but
+# also moves some static ones. The better teacher takes twice as long. On the street, points are
+# sparse: the points of one object, and a moved point and sweep 1, are farther apart.
 _SPARSE = {"cluster_reach": 0.8, "cluster_points": 5, "confirm_reach": 0.5, "iterations": 150}
 STREET_TEACHER = dataclasses.replace(nsfp.TEACHERS["fast"], priors=1, evidence=1.0, **_SPARSE)
 BETTER_TEACHER = dataclasses.replace(nsfp.TEACHERS["fast"], priors=2, **_SPARSE)
 
-NSFP_ITERATIONS = 100  # of the paper's teacher are timed: all of them take over a minute
+NSFP_ITERATIONS = 100  # of the paper's teacher, which are timed; a whole fit takes over a minute
 
 # Raise it when the code of the street or the teacher changes so that the same settings give other
-# logs or labels. Otherwise everybody keeps what an older version has made.
+# logs or labels. Otherwise users keep the logs and labels of an older version.
 CACHE_VERSION = 5
 
 
@@ -117,7 +117,7 @@ def _resumed(demo: DemoSettings, folder: Path) -> DemoSettings:
 
 
 def read_json(file: Path, remedy: str, kind: type | None = None) -> dict:
-    """What is stored in a file; kind: a dataclass, of which another version may have stored it."""
+    """The content of a JSON file; kind: its dataclass, perhaps stored by another version."""
     try:
         found = dict(json.loads(file.read_text()))
         return found if kind is None else runs.fitted(found, kind)[0]

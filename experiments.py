@@ -4,10 +4,10 @@
     python experiments.py why                      how labels are wrong, and what students learn
     python experiments.py weights --out world      train the student that is in weights/
 
-The first shows the paper's claim: with enough logs that nobody labeled, a student beats its
-teacher, and a network that learned from human labels of fewer logs. The second shows why it may.
+The first shows the paper's claim: with enough unlabeled logs, a student beats its teacher, and
+also a network that learned from human labels of fewer logs. The second shows why this can happen.
 Both use the street of `python train.py`. The third makes streets of all kinds, seen by several
-kinds of LiDAR, for a student that is to work on clouds of any.
+kinds of LiDAR, for a student that should work on clouds of any LiDAR.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ SCALING_LOGS = {STUDENT: (3, 10, 30, 100, 300), SUPERVISED: (3, 10, 30), BETTER:
 SCALING_SEEDS = {STUDENT: (0, 1, 2), SUPERVISED: (0, 1, 2), BETTER: (0,)}
 VALIDATION_SEED, VALIDATION_LOGS = 2, 12
 
-# Everybody trains until more steps do not help. One rule for all: the steps are doubled as long as
-# seed 0 loses 3 % of its error on validation logs by it. More logs never need fewer steps. The most
-# are 8,000, or as many more as it takes to show each pair ten times.
+# All are trained until more steps no longer help. The rule is the same for all: the steps are
+# doubled as long as this lowers the error of seed 0 on validation logs by 3 %. More logs never need
+# fewer steps. The limit is 8,000 steps, or as many as it takes to show each pair ten times.
 LEAST_STEPS, MOST_STEPS, WORTHWHILE, LEAST_SHOWN = 1000, 8000, 0.97, 10
 DOUBT = 1.5  # students leave out the points that their teacher was not sure about
 
@@ -53,8 +53,8 @@ DOUBT = 1.5  # students leave out the points that their teacher was not sure abo
 class ScalingLaw:
     """Errors of students that were trained on more and more logs; each is a file in `folder`.
 
-    What is there already is not trained again, so the command may be killed and repeated, and
-    several processes may train different kinds of students side by side.
+    Existing results are not trained again, so the command may be killed and repeated, and several
+    processes may train different kinds of students side by side.
     """
 
     def __init__(self, settings: train.TrainSettings, street: demo.DemoSettings, folder: Path):
@@ -113,13 +113,13 @@ class ScalingLaw:
         if kind == BETTER:
             source = self.label_folder.with_name("labels of the better teacher")
             labels.label_dataset(part, source, demo.BETTER_TEACHER, demo.GRID)
-        # A twin has no doubts about its truth.
+        # The true flow of a twin has no doubtful points.
         doubt = None if is_supervised else self.settings.doubt
         pairs = train.LabeledPairs(part, source, demo.GRID, keep=True, doubt=doubt)
         samples = train.Samples([pairs])
         changes = {"seed": seed, "steps": steps, "supervised": is_supervised, "doubt": doubt}
         model = train.train(samples, dataclasses.replace(self.settings, **changes))
-        if model is None:  # a signal came; half a training is not kept
+        if model is None:  # a signal came; an unfinished training is not kept
             raise KeyboardInterrupt
         student = zeroflow.from_student(model.prepare_inference())
         errors = {name: error_of(student, unseen) for name, unseen in self.unseen.items()}
@@ -128,7 +128,7 @@ class ScalingLaw:
         return errors
 
     def show(self) -> None:
-        """Print all errors and draw them; what is missing is trained first."""
+        """Print all errors and draw them; missing students are trained first."""
         # The teacher's labels of the test logs are there already.
         test_labels = labels.open_labels(self.label_folder, self.test_set)
         lines = {"no-motion": zeroflow.from_baseline("no-motion", demo.GRID)}
@@ -168,10 +168,10 @@ WHY_LOGS, WHY_STEPS, WHY_SEEDS = 30, 3000, (0, 1, 2)
 
 
 def why(settings: train.TrainSettings, street: demo.DemoSettings) -> None:
-    """Print how labels are wrong, and what of it reappears in students with either error.
+    """Print the errors of labels, and of students that are trained with either of two losses.
 
-    A distance teaches the student the median of the labels that alike points have, a squared error
-    their mean. If a label is now right and now far off, the two differ.
+    A distance teaches the student the median of the labels of similar points, a squared error their
+    mean. If a label is right in one pair and far off in the next, the two differ.
     """
     train.check_device(settings.device)
     _, test_set, label_folder = demo.prepare_street(street)
@@ -183,9 +183,9 @@ def why(settings: train.TrainSettings, street: demo.DemoSettings) -> None:
     _print_row(f"labels of {street.train_logs} logs", wrong_by_group(truth, label_of))
 
     part = demo.open_street("train", demo.TRAIN_SEED, street.train_logs, true_flow=False)
-    # Without doubt: here the students are to show what is wrong with all of the labels.
+    # No --doubt: here the students are to show the errors of all labels.
     samples = train.Samples([train.LabeledPairs(part, label_folder, demo.GRID, keep=True)])
-    # Then students of either error, on logs that they have not seen.
+    # Then students with either loss, on logs that they have not seen.
     for is_squared in (False, True):
         for seed in WHY_SEEDS:
             changes = {"seed": seed, "squared_error": is_squared}
@@ -234,8 +234,8 @@ WORLD_VALIDATION_LOGS, WORLD_VALIDATION_SEED = 10, 11
 def weights(settings: train.TrainSettings, logs: int, out: Path) -> None:
     """Train a student on streets of all kinds, and write its weights into out/street.pt.
 
-    settings: of the preset `world`; if supervised, it learns from the true flow. What is there
-    already is kept, so the command may be killed and repeated.
+    settings: of the preset `world`; if supervised, it learns from the true flow. Existing files are
+    kept, so the command may be killed and repeated.
     """
     for name, seed, count in (
         ("train", WORLD_SEED, logs),
@@ -348,7 +348,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             law.show()
     except KeyboardInterrupt:
-        print("stopped by a signal; the same command goes on")
+        print("stopped by a signal; repeat the same command to continue")
     except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

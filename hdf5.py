@@ -13,10 +13,11 @@ The last three are there only if the data has annotations. The files need the li
 imported when it is needed. Lists of sweeps that may lie beside the files are pickles, and are not
 read: the groups are listed instead.
 
-Two things are not in the files. The unit of time stamps differs between data sets; here it is taken
-from their size. And Argoverse 2's points are in the frame of its upper LiDAR, while its poses are
-the ego's: those points are moved to the ego frame, by where that LiDAR is mounted on its cars, give
-or take centimeters. Argoverse 2 is recognized by its clock, which begins ten years late.
+Two things are not in the files. The unit of time stamps differs between data sets; here it is
+inferred from their size. And Argoverse 2's points are in the frame of its upper LiDAR, while its
+poses are the ego's: those points are moved to the ego frame, with the position of that LiDAR on its
+cars, which is known to within centimeters. Argoverse 2 is recognized by its clock, which starts ten
+years later than usual.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def open_folder(
     sweeps_per_log: int | None,
     *cloud_options: object,
 ) -> ScenePairs:
-    """The reader that `data.open_dataset` calls for a folder of .h5 files; its arguments.
+    """The reader that `data.open_dataset` calls for a folder of .h5 files, with its arguments.
 
     Raises DataError for options that only other data sets have, and if h5py is missing.
     """
@@ -90,7 +91,7 @@ class ScenePairs(data.Pairs):
                 continue
             unit = _unit(max(stamps))
             self.unit_ns[file.stem] = UNITS_NS[unit]
-            note = f"{folder}: time stamps are taken to be {unit}, because of their size"
+            note = f"{folder}: time stamps are assumed to be {unit}, because of their size"
             if note not in self.notes:
                 self.notes.append(note)
             stamps_ns = [stamp * UNITS_NS[unit] for stamp in stamps]
@@ -103,7 +104,7 @@ class ScenePairs(data.Pairs):
         is_av2 = AV2_YEARS_NS[0] < key.timestamp0_ns < AV2_YEARS_NS[1]
         lidar = AV2_LIDAR_M if is_av2 else None
 
-        # The file is opened for each pair anew: an open one cannot be shared with other processes.
+        # The file is opened again for each pair: an open one cannot be shared with other processes.
         with data.naming(file, "not a scene in HDF5"), h5py.File(file, "r") as scene:
             sweeps = [scene[str(stamp // unit_ns)] for stamp in key[1:]]
             points = [_points(sweep, lidar) for sweep in sweeps]

@@ -1,9 +1,9 @@
-"""Look at flow: a drive as a film or as a recording for a viewer, and what can be said of a flow
-without knowing the true one.
+"""Look at flow: a drive as a film or as a recording for a viewer, and what can be measured of a
+flow without knowing the true one.
 
-`python zeroflow.py show`, `video` and `evaluate` (of data without annotations) are behind this; the
-pictures themselves are drawn by viz.py. Points are (N, 3) in meters in the ego frame of sweep 0,
-flow is residual, as everywhere.
+This is the code behind `python zeroflow.py show`, `video` and `evaluate` (of data without
+annotations); viz.py draws the pictures themselves. Points are (N, 3) in meters in the ego frame of
+sweep 0, and flow is residual, as everywhere.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def pairs_of_log(
     keys = [key for key in dataset.pair_keys if key.log_id == log_id]
     if not keys:
         known = ", ".join(list(dict.fromkeys(key.log_id for key in dataset.pair_keys))[:5])
-        raise DataError(f"--log {log_id}: has no pairs here; there are {known} ...")
-    # Times are shown, and asked for, in seconds from the first of those pairs.
+        raise DataError(f"--log {log_id}: has no pairs here; choose one of {known} ...")
+    # Times are shown and given in seconds from the first of those pairs.
     first_ns = keys[0].timestamp0_ns
     chosen = []
     for key in keys:
@@ -54,7 +54,7 @@ def pairs_of_log(
             chosen.append(key)
     if not chosen:
         length_s = (keys[-1].timestamp0_ns - first_ns) / 1e9
-        raise DataError(f"log {log_id}: no pair there; its pairs begin at 0 to {length_s:.1f} s")
+        raise DataError(f"log {log_id}: no pair then; its pairs begin at 0 to {length_s:.1f} s")
     return chosen
 
 
@@ -78,8 +78,8 @@ def film_frames(
 ) -> Iterator[np.ndarray]:
     """The frames (height, width, 3) uint8 of a film of some pairs of a log, one after the other.
 
-    watch: is also given each pair and its flows by name. A pair that cannot be read has no frame
-    and is reported on stderr; DataError if none can.
+    watch: is also called with each pair and its flows by name. A pair that cannot be read has no
+    frame and is reported on stderr. Raises DataError if no pair can be read.
     """
     film = viz.Film(list(estimators), half_m, view)
     world_SE3_ego0, count = np.eye(4), 0  # the world is the first ego frame
@@ -121,7 +121,7 @@ def check_film_file(file: Path) -> None:
 def write_film(file: Path, frames: Iterable[np.ndarray], fps: float) -> int:
     """Write frames (height, width, 3) uint8 as .gif, .webp or .mp4. Returns how many there were.
 
-    The file appears whole or not at all. Of a .gif, all frames are kept in memory until the end,
+    The file appears whole or not at all. For a .gif, all frames are kept in memory until the end,
     with one byte per pixel.
     """
     check_film_file(file)
@@ -174,7 +174,7 @@ def _write_mp4(file: Path, frames: Iterator[np.ndarray], fps: float) -> None:
         command += ["-pix_fmt", "yuv420p", "-movflags", "+faststart", str(made)]
         pipe = subprocess.PIPE
         with subprocess.Popen(command, stdin=pipe, stderr=pipe) as process:
-            # If ffmpeg ends early, what it says is worth more than the broken pipe.
+            # If ffmpeg ends early, its own message is more useful than the broken pipe.
             with contextlib.suppress(BrokenPipeError):
                 for frame in itertools.chain([first], frames):
                     process.stdin.write(frame[:height, :width].tobytes())
@@ -230,7 +230,7 @@ class Recording:
             )
             stream.log(f"ego/flow of {name}/arrows", arrows)
 
-        # Boxes are there only in Argoverse 2's annotated splits.
+        # Only Argoverse 2's annotated splits have boxes.
         boxes = self._boxes(pair)
         if boxes:
             drawn = rerun.Boxes3D(
@@ -248,7 +248,7 @@ class Recording:
         return (boxes or {}).get(pair.timestamp0_ns, [])
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write the rest, and close the file."""
         self.stream.flush()
         self.stream.disconnect()
 
@@ -258,7 +258,7 @@ def _quaternion(rotation: np.ndarray) -> np.ndarray:
     return data.Rotation.from_matrix(rotation).as_quat()
 
 
-# --- What can be said without a truth -------------------------------------------------------------
+# --- Judging without a true flow ------------------------------------------------------------------
 
 SPEEDS_MPS = (0.5, 2.0, 5.0, 10.0)
 
@@ -270,11 +270,11 @@ def judge(
     other: zeroflow.Estimator | None = None,
     max_broken: float = 0.0,
 ) -> dict[str, float]:
-    """What can be said of a method on pairs whose true flow nobody knows; no error is made up.
+    """Judge a method on pairs without a known true flow, by numbers that are not errors.
 
-    Returns means over pairs, of the points that are not ground and lie in the grid; `JUDGED` says
-    what they are. other: a second method to compare with. Raises DataError if more than the share
-    max_broken of the pairs cannot be read, and if none can.
+    Returns means over pairs, of the points that are not ground and lie in the grid; `JUDGED`
+    explains them. other: a second method to compare with. Raises DataError if more than the share
+    max_broken of the pairs cannot be read, or if no pair can.
     """
     rows, suspicions, broken = [], [], 0
     for index in tqdm(range(len(dataset)), desc="judge", unit="pair", disable=len(dataset) < 2):
@@ -292,7 +292,7 @@ def judge(
         rows.append(_judged(pair, estimate.flow, half_extent_m, against))
         rows[-1]["seconds_per_pair"] = estimate.seconds
 
-        # The teacher's own warnings hold for any flow.
+        # The warnings about a teacher's labels apply to any flow.
         suspicion = _suspicion(pair, estimate.flow, half_extent_m)
         if suspicion is not None:
             suspicions.append(f"{tuple(pair.key)}: {suspicion}")
@@ -301,8 +301,8 @@ def judge(
     for line in suspicions[:10]:
         print(line, file=sys.stderr)
 
-    # A number that a pair does not have, such as the rigidity of what moves where nothing does, is
-    # NaN there, and is left out of its mean.
+    # A number that is not defined for a pair is NaN there, and is left out of the mean: for example
+    # the rigidity of moving clusters, if nothing moves.
     numbers = {"pairs": len(rows), "broken": broken, "suspicious_pairs": len(suspicions)}
     for name in rows[0]:
         values = np.array([row[name] for row in rows])
@@ -319,7 +319,7 @@ JUDGED = {
     "not_rigid_m": "mean deviation of moving clusters from a rigid motion (m)",
     "difference_m": "mean difference of the two methods' flow (m)",
     "difference_moving_m": "the same where either moves by 5 cm or more (m)",
-    "suspicious_pairs": "pairs whose flow looks wrong as a whole; stderr says why",
+    "suspicious_pairs": "pairs whose flow looks wrong as a whole; the reasons are on stderr",
     "seconds_per_pair": "seconds per pair",
 }
 
@@ -343,7 +343,7 @@ def _judged(
         after = neighbors.distance(points + flow, reach, beyond=reach).mean().item()
     found = {"distance_before_m": before, "distance_after_m": after}
 
-    # How much of it moves, how rigidly, and would another method agree?
+    # How many points move, how rigidly, and does the other method agree?
     speed = flow.norm(dim=1) / max(pair.seconds, 1e-9)
     for mps in SPEEDS_MPS:
         share = (speed > mps).float().mean().item() if len(speed) else nan
@@ -360,7 +360,7 @@ def _judged(
 
 def _not_rigid(points: torch.Tensor, flow: torch.Tensor) -> float:
     """How far, on average, points (N, 3) of moving clusters are from the best rigid motion."""
-    # Only what moves in a cluster: a car, say, and not the wall beside it.
+    # Only the moving points of a cluster: a car, for example, and not the wall beside it.
     cluster = nsfp.find_clusters(points.double(), 0.5, 10)
     is_moving = (cluster >= 0) & (flow.norm(dim=1) >= data.DYNAMIC_THRESHOLD_M)
     if not is_moving.any():
@@ -372,7 +372,7 @@ def _not_rigid(points: torch.Tensor, flow: torch.Tensor) -> float:
 
 
 def _suspicion(pair: SweepPair, flow: torch.Tensor, half_extent_m: zeroflow.Grid) -> str | None:
-    """Why a flow may be wrong as a whole, as `labels.suspicion` has it for labels."""
+    """Why a flow may be wrong as a whole, as `labels.suspicion` finds it for labels."""
     has_flow = data.input_masks(pair, half_extent_m)[0]
     settings = {"half_extent_m": list(half_extent_m)}
     unknown = torch.full_like(flow[:, 0], torch.nan)

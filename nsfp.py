@@ -2,14 +2,15 @@
 
 NSFP (Li et al., "Neural Scene Flow Prior", NeurIPS 2021) needs no labels. It fits a small MLP f,
 position -> flow, to one pair of sweeps, so that the moved points pc0 + f(pc0) lie on the points of
-pc1. Afterwards the network is thrown away. It is only a *prior*: an MLP moves neighboring points
-alike more easily than apart, so the flow comes out smooth, like the motion of rigid objects.
+pc1. Afterwards the network is thrown away. It is only a *prior*: an MLP tends to move neighboring
+points in the same way, so the flow comes out smooth, like the motion of rigid objects.
 
 Points are (N, 3) float32 in meters, in the ego frame of sweep 0. Flow is the residual displacement
 after ego-motion compensation, from sweep 0 to sweep 1; row i of the flow belongs to row i of pc0.
-The caller removes ground and crops to the student's grid; nothing is cut here. All runs where pc0
-lies, on the CPU or on CUDA. On a CPU, fit pairs in parallel processes of one thread each, because
-the matrices are small (`torch.set_num_threads(1)`); on a GPU, give several to `estimate_flows`.
+The caller removes ground and crops to the student's grid; no points are removed here. The fit runs
+on the device of pc0, the CPU or CUDA. On a CPU, fit pairs in parallel processes of one thread each,
+because the matrices are small (`torch.set_num_threads(1)`); on a GPU, give several to
+`estimate_flows`.
 
 Three teachers (TEACHERS):
   nsfp     `fit_published`: two networks of width 128, all points, truncated Chamfer distance both
@@ -81,11 +82,11 @@ class NSFPSettings:
     upright: bool = True  # motions turn about the vertical only, and keep heights (chodosh: False)
     min_motion: float = 0.05  # a cluster that moves less than this on average is static, in meters
     cluster_sample: int | None = 512  # points per cluster that estimate its motion (chodosh: all)
-    # how many times less mean squared distance to sweep 1 a motion must leave than no motion
+    # a motion must be this many times closer to sweep 1 (mean squared distance) than no motion
     evidence: float = 1.5
     confirm_reach: float = 0.3  # points farther than this from sweep 1 are unexplained, in meters
     icp_steps: int = 3  # steps of ICP, which fits the motion of a cluster to sweep 1 itself
-    final_icp_steps: int = 5  # more of them, for the motion that has won
+    final_icp_steps: int = 5  # further steps of ICP, for the motion that has won
     join_reach: float = 1.5  # a point in no cluster may move like a cluster this close, in meters
 
     seed: int = 0  # of the networks' weights, the batches and RANSAC
@@ -142,7 +143,7 @@ def estimate_flow(
 ) -> Tensor:
     """Residual flow (N, 3) float32 in meters of every point of pc0 (N, 3), given pc1 (M, 3).
 
-    lidar1: (3,) where the LiDAR stood in sweep 1, in the frame of the points; see `refine_flow`.
+    lidar1: (3,) where the LiDAR was in sweep 1, in the frame of the points; see `refine_flow`.
     On a CPU the same seed gives the same flow. Where a cloud is empty the flow is zero. A fit that
     diverged gives a flow that is not finite, or absurdly long. Raises ValueError for another shape
     or dtype, or coordinates that are not finite.
@@ -199,7 +200,7 @@ def estimate_flows(
 
 
 def not_compared(flow: Tensor) -> TeacherFlow:
-    """A flow (N, 3) that nobody has compared with no motion."""
+    """A flow (N, 3) that was not compared with no motion, so its gain is unknown."""
     return TeacherFlow(flow, torch.full_like(flow[:, 0], torch.nan))
 
 
@@ -475,8 +476,8 @@ def refine_flow(
     to the points of pc1 (ICP), and the one that brings the cluster closest to their surface wins,
     if it does so `evidence` times better than no motion. A point in no cluster moves like the
     nearest cluster that moves, if that is closer to sweep 1. With lidar1 (3,), where the LiDAR
-    stood in sweep 1, points that were hidden from there are no evidence. Only this way there is a
-    `gain`, and only for points in a cluster or moved like one.
+    was in sweep 1, points that were hidden from there do not count as evidence. Only with pc1 is
+    there a `gain`, and only for points in a cluster or moved like one.
 
     Raises ValueError for points or flow that are not finite.
     """
@@ -524,7 +525,7 @@ def refine_flow(
     if pc1 is None or len(moving) == 0:
         return result.like(pc0)
 
-    # What is left are points in no cluster, such as those of the beam that grazes a roof.
+    # The remaining points are in no cluster, for example where a beam grazes a roof.
     loose = (cluster < 0).nonzero()[:, 0]
     nearest = Neighbors(points[moving]).nearest(points[loose], settings.join_reach)
     loose, like = loose[nearest < len(moving)], moving[nearest[nearest < len(moving)]]
@@ -688,7 +689,7 @@ def _confirmed_motions(
     or no motion.
 
     And (C,) the gain: the mean squared distance to sweep 1 without a motion, divided by that with
-    the best candidate. No motion is the one to beat, by the factor `evidence`.
+    the best candidate. A candidate must beat no motion by the factor `evidence`.
     """
 
     def mismatch(moved: Tensor, cluster: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -709,15 +710,15 @@ def _confirmed_motions(
         best_mismatch = torch.minimum(motion_mismatch, best_mismatch)
     gain = rest / best_mismatch
 
-    # The few that seem to move are fitted better, and looked at twice. Clusters get new numbers.
+    # The few that seem to move are fitted better and checked again. Clusters get new numbers.
     seems_to_move = gain > settings.evidence  # (C,)
     rows = seems_to_move[cluster].nonzero()[:, 0]
     chosen, slot = cluster[rows].unique(return_inverse=True)
     points, motion, steps = points[rows], best_motion[chosen], settings.final_icp_steps
     motion = _fit_to_sweep(points, motion, slot, surface, steps, settings)
 
-    # The part of a wall that a parked car hides from sweep 1 seems to have gone, and the part that
-    # it uncovers, to have come. What was hidden must not speak for a motion.
+    # The part of a wall that a parked car hides from sweep 1 seems to have disappeared, and the
+    # part that it uncovers, to have appeared. Hidden points must not count as evidence for a motion.
     moved, weight = move(points, motion, slot), None
     if lidar1 is not None and len(rows):
         is_hidden = hidden_points(points, moved, surface.neighbors.points, lidar1)
@@ -750,15 +751,15 @@ def _fit_to_sweep(
     return motion
 
 
-RANGE_NOISE_M = 0.03  # of a LiDAR, at most: a smaller distance to a surface is as good as none
+RANGE_NOISE_M = 0.03  # of a LiDAR, at most: smaller distances to a surface mean nothing
 
 
 class Surface:
     """A sweep as a surface: around each point a small plane, as wide as the points lie apart there.
 
-    The distance from point to point misleads: it falls where the *pattern* of scan lines is shifted
-    onto that of the other sweep, along a wall that stands. Distances along a surface therefore
-    count only from its own spacing on.
+    The distance from point to point is misleading: along a static wall, it becomes smaller when the
+    *pattern* of scan lines is shifted onto that of the other sweep. Distances along a surface
+    therefore count only where they exceed the spacing of its points.
     """
 
     def __init__(self, points: Tensor):
@@ -799,7 +800,7 @@ class Surface:
 
 
 def hidden_points(points: Tensor, moved: Tensor, pc1: Tensor, lidar1: Tensor) -> Tensor:
-    """(N,) bool: does something in pc1 (M, 3) stand between lidar1 (3,) and a point (N, 3)?
+    """(N,) bool: is something in pc1 (M, 3) between lidar1 (3,) and a point (N, 3)?
 
     moved: (N, 3) where the point is claimed to be in sweep 1. Whatever hides it must be nearer than
     both places, since a car that comes closer hides the place where it was.

@@ -12,10 +12,10 @@ Fetching needs only HTTPS and the standard library: one connection per process a
 it is first used, so that both ways to start processes, fork and spawn, work. (pyarrow's own reader
 of S3 promises neither, and may hang at exit.)
 
-Errors are of two kinds. A file that is missing or forbidden costs its pair: DataError, at once. If
-the server cannot be reached, or tears connections, the request is repeated for minutes; after that
-the run stops with an `Outage`, which is never counted as a broken pair. An address other than the
-public one is named by AWS_ENDPOINT_URL, as the tools of AWS read it.
+Errors are of two kinds. If a file is missing or forbidden, its pair is broken: DataError, at once.
+If the server cannot be reached, or drops connections, the request is repeated for minutes; after
+that the run stops with an `Outage`, which is never counted as a broken pair. AWS_ENDPOINT_URL names
+a server other than the public one, as it does for the tools of AWS.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ class Bucket:
                 problem = f"status {status}, {len(content)} of {size} bytes"
             if time.monotonic() + wait_s - started > patience_s:
                 what = f"{self.host} gave no whole answer for {patience_s:.0f} s ({problem})"
-                raise Outage(f"{address}: {what}; what is done is kept, try again")
-            # Many processes that wait equally long would all come back at the same moment.
+                raise Outage(f"{address}: {what}; finished work is kept, try again")
+            # Many processes that wait equally long would all try again at the same moment.
             time.sleep(wait_s * random.uniform(0.5, 1.0))
             wait_s = min(2 * wait_s, 30.0)
 
@@ -155,9 +155,9 @@ def open_remote(
 ) -> RemotePairs:
     """The pairs of a split, or of one log, at an address s3://bucket/...; see `data.open_dataset`.
 
-    cache: folder for what is fetched; None: in the user's cache folder. cache_gb: delete the logs
-    that have not been used for the longest time beyond this size; None: keep all. options: the
-    other arguments of `data.Argoverse2Pairs`.
+    cache: folder for what is fetched; None: in the user's cache folder. cache_gb: limit the cache
+    to this size by deleting the least recently used logs; None: keep all. options: the other
+    arguments of `data.Argoverse2Pairs`.
     """
     bucket_name, _, prefix = address.removeprefix("s3://").strip("/").partition("/")
     if not bucket_name or not prefix:
@@ -198,7 +198,7 @@ class Cache:
                 found = f"there are {len(files)} files" if files else "there is nothing"
                 address = f"s3://{self.bucket.name}/{prefix}"
                 raise DataError(f"{address}: {found}, and no log; give the address of a split")
-        # What the sweeps are called, and how many bytes each has, is one request per log.
+        # The names and sizes of a log's sweeps take one request.
         with ThreadPoolExecutor(LISTING_THREADS) as pool:
             listings = pool.map(lambda log: self.bucket.list(f"{log}/sensors/lidar/")[0], logs)
             found = {log: files for log, files in zip(logs, listings, strict=True) if files}
@@ -210,7 +210,7 @@ class Cache:
         return found
 
     def fetch(self, key: str, size: int | None = None, patience_s: float | None = None) -> Path:
-        """The local file of a key; fetched if it is not there. For the others see `Bucket.get`."""
+        """The local file of a key; fetched if it is not there. Other arguments: `Bucket.get`."""
         file = self.folder / key
         if not file.exists():
             content = self.bucket.get(key, size=size, patience_s=patience_s)
@@ -219,7 +219,7 @@ class Cache:
         return file
 
     def fetch_log(self, log: str, patience_s: float | None = None) -> None:
-        """Everything of a log but its sweeps: poses, boxes, calibration and map."""
+        """Fetch everything of a log except its sweeps: poses, boxes, calibration and map."""
         done = self.folder / log / ".complete"
         if done.exists():
             return
@@ -231,7 +231,7 @@ class Cache:
 
     @contextlib.contextmanager
     def in_use(self, log: str) -> Iterator[None]:
-        """While this lasts, no process deletes the log. The system ends it if the process dies."""
+        """Keep all processes from deleting the log. The lock ends with the block or the process."""
         with self._lock_file(log).open("ab") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH)
             os.utime(lock.fileno())  # the log was used just now
@@ -244,13 +244,13 @@ class Cache:
         return folder / name
 
     def evict(self, logs: list[str]) -> None:
-        """Delete the logs that were not used for the longest time, until the rest is small enough.
+        """Delete the least recently used logs, until the rest is small enough.
 
         A log that any process is reading is left alone.
         """
         if self.most_gb is None:
             return
-        # Of all logs that are here, how many bytes are too many?
+        # How many bytes too many do all logs have?
         sizes = {log: data.bytes_in(self.folder / log) for log in logs}
         too_many = sum(sizes.values()) - self.most_gb * 1e9
         used = {log: self._lock_file(log) for log in logs if sizes[log]}
@@ -261,7 +261,7 @@ class Cache:
                 return
             with used[log].open("ab") as lock, contextlib.suppress(BlockingIOError):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # Whoever finds half of a log must see that it is not complete.
+                # A log that is only half deleted must not look complete.
                 (self.folder / log / ".complete").unlink(missing_ok=True)
                 shutil.rmtree(self.folder / log, ignore_errors=True)
                 too_many -= sizes[log]
@@ -289,7 +289,7 @@ class RemotePairs(data.Argoverse2Pairs):
             return super().log(log_id)
 
     def read(self, key: PairKey) -> SweepPair:
-        # To look how large the cache is takes a second for a thousand logs.
+        # Measuring the size of the cache takes a second for a thousand logs.
         if time.monotonic() > self._next_eviction:
             self.cache.evict(list(self._logs.values()))
             self._next_eviction = time.monotonic() + EVERY_S
@@ -300,7 +300,7 @@ class RemotePairs(data.Argoverse2Pairs):
         return pair
 
     def _fetch(self, log_id: str, stamps: Sequence[int], patience_s: float | None = None) -> None:
-        """Everything that pairs of these sweeps need."""
+        """Fetch everything that pairs of these sweeps need."""
         log = self._logs[log_id]
         self.cache.fetch_log(log, patience_s)
         for stamp in stamps:
@@ -314,7 +314,7 @@ class RemotePairs(data.Argoverse2Pairs):
         stamps = self.stamps[key.log_id]
         if last is None or last.log_id != key.log_id:
             return
-        # Of processes that share a log, each reads every other pair, say.
+        # Processes that share a log may read every other pair each, for example.
         ahead = stamps.index(key.timestamp0_ns) - stamps.index(last.timestamp0_ns)
         if 0 < ahead <= PREFETCH:
             after = stamps.index(key.timestamp1_ns) + 1
@@ -322,7 +322,7 @@ class RemotePairs(data.Argoverse2Pairs):
                 _pool(os.getpid()).submit(self._fetch_quietly, key.log_id, stamp)
 
     def _fetch_quietly(self, log_id: str, stamp: int) -> None:
-        # Whatever goes wrong here goes wrong again, and is reported, when the pair is read.
+        # An error here will happen again, and be reported, when the pair is read.
         with contextlib.suppress(DataError, OSError, Outage):
             with self.cache.in_use(self._logs[log_id]):
                 self._fetch(log_id, [stamp], patience_s=0.0)

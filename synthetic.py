@@ -46,7 +46,7 @@ class StreetSettings:
     range_noise_m: float = 0.015  # standard deviation of the measured range
     dropout: float = 0.08  # share of returns that are lost
     seed: int = 0  # another seed gives other streets
-    # each log has another kind of street, traffic of up to 25 m/s, and one of three kinds of LiDAR
+    # vary the kind of street, traffic (up to 25 m/s) and LiDAR (one of three kinds) from log to log
     world: bool = False
 
 
@@ -57,7 +57,7 @@ PRESETS = {
     "small": StreetSettings(azimuths=380, beam_step=2, range_m=30.0),
     # 1,000 to 2,000 such points: for the notebooks.
     "teaching": StreetSettings(azimuths=190, beam_step=4, range_m=30.0),
-    # Streets of all kinds, seen by several kinds of LiDAR: for a student that is to work on any.
+    # Streets of all kinds, seen by several kinds of LiDAR: for a student that works on any LiDAR.
     "world": StreetSettings(range_m=80.0, sweeps=3, range_noise_m=0.02, world=True),
 }
 
@@ -133,7 +133,7 @@ class Part:
     shape: int  # BOX or ELLIPSOID
     center: tuple[float, float, float]
     half: tuple[float, float, float]  # half the box's size, or the ellipsoid's radii
-    # How far a ray gets into leaves or wire, on average, before it returns; 0: it is solid.
+    # How far a ray penetrates leaves or wire, on average, before it returns; 0: it is solid.
     clear_m: float = 0.0
 
 
@@ -152,7 +152,7 @@ class Thing:
 
     def at(self, time_s: float) -> tuple[complex, float]:
         """Its place, s + i left in meters, and its heading, when some seconds have passed."""
-        # Whatever turns moves along the chord of its arc, in the direction that it has half-way.
+        # A turning thing moves along the chord of its arc, in the direction that it has half-way.
         angle = self.turn_radps * time_s
         chord_s = time_s * np.sinc(angle / 2 / np.pi) * np.exp(0.5j * angle)
         velocity = complex(self.s_mps, self.left_mps)
@@ -338,7 +338,7 @@ def _walker(rng: Generator, s: float, left: float) -> Thing:
     elif kind < 0.45:
         heading = rng.choice([-1, 1]) * np.pi / 2 + rng.normal(0, 0.2)
 
-    # Whoever walks looks ahead: the velocity points along the heading.
+    # Pedestrians look ahead: the velocity points along the heading.
     s_mps, left_mps = speed_mps * np.cos(heading), speed_mps * np.sin(heading)
     parts = _pedestrian(rng)
     return Thing(parts, s, left + rng.uniform(-1, 1), heading, s_mps, left_mps, "PEDESTRIAN")
@@ -429,7 +429,7 @@ def _clutter(rng: Generator) -> tuple[Part, ...]:
 
 
 class Plan(NamedTuple):
-    """Where the lanes of a street lie, and how fast one drives there."""
+    """Where the lanes of a street are, and how fast the traffic is."""
 
     behind: float  # m, where the street begins
     ahead: float  # m, where it ends
@@ -512,7 +512,7 @@ def _crossing(rng: Generator, plan: Plan) -> Iterator[Thing]:
     for lane, sign in ((-1.5, 1), (-0.5, 1), (0.5, -1), (1.5, -1)):
         lane_mps = min(rng.uniform(2, 20), plan.usual_mps) if rng.random() < 0.6 else 0.0
         for left in _spaced(rng, -80, 80, 7 + lane_mps, 25 + 3 * lane_mps):
-            # Whoever waits does so before the street.
+            # Waiting vehicles stop before the street.
             is_waiting_in_it = lane_mps == 0 and low - 2 < left < high + 2
             s = plan.crossing_s + lane * plan.lane_m + rng.normal(0, 0.2)
             if not is_waiting_in_it:
@@ -596,7 +596,7 @@ def _cone(rng: Generator) -> tuple[Part, ...]:
 
 
 def _tree(rng: Generator) -> tuple[Part, ...]:
-    """A stem, and a crown into which rays get."""
+    """A stem, and a crown that rays can penetrate."""
     radius, height = rng.uniform(0.08, 0.3), rng.uniform(2.5, 5)
     stem = Part(BOX, (0, 0, height / 2), (radius, radius, height / 2))
     crown = Part(ELLIPSOID, (0, 0, height), tuple(rng.uniform(1, 2.8, 3)), rng.uniform(0.3, 1.5))
@@ -952,7 +952,7 @@ def _write_map(folder: Path, log_id: str, street: Street, settings: StreetSettin
     boundary = np.stack([x, y, street.ground_z(x, y)], axis=1) + CITY_OFFSET  # (120, 3), city
     corners = [dict(zip("xyz", point, strict=True)) for point in boundary.round(3).tolist()]
 
-    # The reader wants all three tables of a map, even if two are empty.
+    # The reader expects all three tables of a map, even if two are empty.
     vector_map = {
         "pedestrian_crossings": {},
         "lane_segments": {},

@@ -9,17 +9,17 @@ ZeroFlow, section 3 (Vedder et al., ICLR 2024), on a CPU, a GPU, or several GPUs
 
 The file follows the data: settings, a run, samples, batches, training, several processes, and the
 run's folder. That folder holds last.pt (the newest checkpoint), best.pt (the best one on --val),
-log.jsonl (one line per step and per validation) and settings.json. What keeps a run safe whatever
-happens to its files, its processes, or the machine is in runs.py.
+log.jsonl (one line per step and per validation) and settings.json. runs.py keeps a run safe when
+its files, its processes, or the machine fail.
 
 An interruption costs nothing but time. On a CPU, a run that is killed at any instant and resumed
-ends with the weights of an undisturbed run, bit for bit. On SIGTERM, by which clusters take a
-machine back, it writes last.pt and ends with status 0; if a worker dies, it does the same, with
-status 1.
+ends with the weights of an undisturbed run, bit for bit. On SIGTERM, which clusters send before
+they take a machine back, it writes last.pt and ends with status 0; if a worker dies, it does the
+same, with status 1.
 
 Points are (N, 3) float32 in meters, in the ego frame of sweep 0, without ground; flow is residual.
 The defaults are the published recipe. Clipping, a falling learning rate and bfloat16 are ours, and
-are off unless asked for; for the paper's speed weight and its code's see `zeroflow.speed_weight`.
+are off by default. `zeroflow.speed_weight` has the speed weights of the paper and of its code.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from __future__ import annotations
 import os
 import sys
 
-# torch's threads wait for each other by spinning, which takes the cores from whoever they wait for
-# if another process is busy, too. This lets them sleep; it works only before torch is loaded.
+# torch's threads wait for each other by spinning. If another process is busy, too, this takes the
+# core that the awaited thread needs. This lets them sleep; it works only before torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# In a file or a log, a progress bar is a line per minute. This works only before tqdm is loaded.
+# In a file or a log, a progress bar is one line per minute. This works only before tqdm is loaded.
 if not sys.stderr.isatty():
     os.environ.setdefault("TQDM_MININTERVAL", "60")
 
@@ -62,7 +62,7 @@ import runs
 import zeroflow
 from data import DataError, Outage
 from runs import Log, Reader, ignore_signals, shared, stop_signals
-from runs import read_log as read_log  # for those who look for it here
+from runs import read_log as read_log  # also available as train.read_log
 
 # --- Settings -------------------------------------------------------------------------------------
 
@@ -73,7 +73,7 @@ class TrainSettings:
 
     # What to learn from.
 
-    # other defaults: street, world, zeroflow-1x (-3x, -5x), also zeroflow-xl-..., fastflow3d (-xl)
+    # other defaults: street, world, zeroflow-1x (-3x, -5x), zeroflow-xl-1x (...), fastflow3d (-xl)
     preset: str | None = None
     data: tuple[str, ...] = ()  # splits, logs or folders of clouds to learn from
     labels: tuple[str, ...] = ()  # one folder of labels for each --data, in the same order
@@ -88,16 +88,17 @@ class TrainSettings:
     poses: str | None = None  # file of poses for a folder of clouds, if it is not beside them
     rate_hz: float = 10.0  # sweeps per second of clouds whose names are not time stamps
     columns: int | None = None  # numbers per point in .bin clouds; none: recognized
-    # nearer points of clouds are the ego's own body; 0: keep all; none: 2.5 for folders of clouds
+    # ignore nearer points of clouds (the ego's own body); 0: keep all; none: 2.5 for clouds
     min_range_m: float | None = None
     val: str | None = None  # a split or log with annotations to evaluate on
     cache: str | None = None  # folder for files of an s3:// address; none: in ~/.cache
-    cache_gb: float | None = None  # delete the logs unused for longest beyond this; none: keep all
+    # limit the cache to this size by deleting the least recently used logs; none: keep all
+    cache_gb: float | None = None
 
     # The student, and how it learns.
 
-    # begin with the weights of this checkpoint or published file, for example weights/street.pt
-    # (--model small); published: begin with random ones
+    # start from the weights of this checkpoint or published file, for example weights/street.pt
+    # (--model small); published: start from random ones
     init: str | None = None
     model: Literal["narrow", "small", "normal", "xl"] = "normal"  # size of the student
     epochs: int = 50  # how often every pair is shown; later code of the authors: 20
@@ -110,7 +111,7 @@ class TrainSettings:
     # how the speed of a point weighs its error; published: as the published code does
     speed_weight: Literal["formula", "published", "none"] = "formula"
     # leave out points that `fast` was not sure about: the best motion explains sweep 1 better than
-    # no motion does, but less than this many times; published: learn from all
+    # no motion does, but by less than this factor; published: learn from all
     doubt: float | None = None
     squared_error: bool = False  # square the error of each point; published: its length
     weighted_share: float = 1.0  # share of the steps, the first ones, that use the speed weight
@@ -142,8 +143,8 @@ _STREET = {"model": "narrow", "steps": 8000, "batch_size": 1, "micro_batch": 1, 
 _STREET |= {"lr": 2e-3, "cosine": True, "weighted_share": 0.5, "clip_norm": 0.5, "mirror": True}
 
 # Ours, for streets of all kinds seen by several kinds of LiDAR: see `experiments.py weights`. Pairs
-# are turned and raised, since a student that shall work on any LiDAR must not learn where a road
-# lies, or how high above it the ego's origin is.
+# are turned and raised, since a student for any LiDAR must not learn where a road lies, or how high
+# above it the ego's origin is.
 _WORLD = _STREET | {"model": "small", "steps": 9000, "dtype": "bfloat16", "workers": 1}
 _WORLD |= {"turn": True, "height_m": 0.3, "checkpoint_every": 500}
 
@@ -230,7 +231,7 @@ def check_settings(settings: TrainSettings) -> None:
     if folder.exists() and not folder.is_dir():
         raise DataError(f"--out {folder}: is a file; give the name of a folder")
     if not settings.resume and (folder / "last.pt").exists():
-        remedy = "go on with it by --resume, or choose another folder"
+        remedy = "continue it with --resume, or choose another folder"
         raise DataError(f"--out {folder}: holds a run; {remedy}")
 
 
@@ -256,7 +257,7 @@ def _check_sources(settings: TrainSettings) -> None:
     if settings.supervised and settings.labels:
         raise DataError("--supervised: learns from the true flow; leave --labels out")
     if settings.supervised and settings.doubt is not None:
-        raise DataError("--doubt: is about labels; leave it out with --supervised")
+        raise DataError("--doubt: is for labels; leave it out with --supervised")
     if not settings.supervised and len(settings.labels) != folders:
         found = f"{folders} folders of --data and {len(settings.labels)} of --labels"
         raise DataError(f"{found}: give for each the folder that `zeroflow.py label` wrote")
@@ -293,7 +294,7 @@ def print_settings(settings: object) -> None:
 def run(settings: TrainSettings) -> dict[str, dict[str, float]]:
     """Train on --data, evaluate on --val, and print. Returns the rows of the printed table.
 
-    There are none without --val, after a signal, and in all processes but the first.
+    There are no rows without --val, after a signal, and in all processes but the first.
     """
     check_settings(settings)
     if rank_of()[0] == 0:
@@ -308,7 +309,7 @@ def run(settings: TrainSettings) -> dict[str, dict[str, float]]:
             what = "has no annotations to compare with"
             raise DataError(f"--val {settings.val}: {what}; give another split, or leave it out")
 
-        # Evaluating all pairs takes hours, so only a few, evenly spread, tell how a run is going.
+        # Evaluating all pairs takes hours, so validations use only a few, evenly spread.
         count = max(1, round(settings.val_share * len(test_set)))
         some = Subset(test_set, data.evenly_spread(len(test_set), count))
         validate = functools.partial(score, some, settings.max_broken)
@@ -332,25 +333,25 @@ def _report_overlap(samples: Samples, test_set: data.Pairs, name: str) -> None:
     tested = set(test_set.pair_keys)
     count = sum(key in tested for key in samples.keys())
     if count and rank_of()[0] == 0:
-        what = f"{count} of its {len(test_set)} pairs are also learned from"
+        what = f"{count} of its {len(test_set)} pairs are also in the training data"
         print(f"--val {name}: {what}; its errors are lower than on new data", file=sys.stderr)
 
 
 def train_in_folder(
     samples: Samples, settings: TrainSettings, validate: Validate | None = None
 ) -> fastflow3d.FastFlow3D | None:
-    """`train` into --out, and print what came of it."""
+    """`train` into --out, and print the result."""
     folder = Path(settings.out)
     model = train(samples, settings, folder, validate)
     if rank_of()[0] == 0:
-        resume = f"stopped by a signal; go on with: python train.py --resume --out {folder}"
+        resume = f"stopped by a signal; continue with: python train.py --resume --out {folder}"
         print(resume if model is None else f"wrote {folder / 'last.pt'}")
     return model
 
 
 def units(device: str) -> str:
     """The units of a printed table, whose student ran on this device."""
-    student = "" if device == "cpu" else f", the student's of {device}"
+    student = "" if device == "cpu" else f", the student's on {device}"
     return f"errors in meters, times of one CPU thread{student}"
 
 
@@ -397,7 +398,7 @@ def open_samples(settings: TrainSettings) -> Samples:
     """The labeled pairs of all folders of --data."""
     grid, parts = fastflow3d.MODELS[settings.model].half_extent_m, []
     for i, path in enumerate(settings.data):
-        # Each folder has its own number, and the last number holds for the rest of the folders.
+        # Each folder has its own number, and the last number applies to the remaining folders.
         own = {}
         for name in ("sweeps_per_log", "pairs_per_log"):
             values = getattr(settings, name)
@@ -412,9 +413,9 @@ def open_samples(settings: TrainSettings) -> Samples:
 class LabeledPairs(Dataset):
     """The pairs of a data set that have a label, as `Sample`s; others are reported on stderr.
 
-    folder: of labels. None takes the true flow in the grid of `half_extent_m`, and weighs
-    background 0.1 and foreground 1: FastFlow3D's loss. keep: hold what was read in memory.
-    doubt: see `TrainSettings`. Raises DataError if there is no label at all.
+    folder: of labels. None uses the true flow in the grid of `half_extent_m`, with the weight 0.1
+    for background and 1 for foreground, as in FastFlow3D's loss. keep: keep samples in memory.
+    doubt: see `TrainSettings`. Raises DataError if there are no labels.
     """
 
     def __init__(
@@ -431,7 +432,7 @@ class LabeledPairs(Dataset):
         self.teacher = "true flow" if folder is None else self.label_folder.teacher
         self.indices = range(len(dataset)) if folder is None else self.label_folder.indices
 
-        # Labeling may have failed for some pairs, or may not be done yet. It goes on without them.
+        # Labeling may have failed for some pairs, or may not be done yet. They are left out.
         missing = len(dataset) - len(self)
         if missing:
             first = next((i for i, index in enumerate(self.indices) if i < index), len(self))
@@ -443,7 +444,7 @@ class LabeledPairs(Dataset):
         return len(self.indices)
 
     def key(self, index: int) -> data.PairKey:
-        """Whose sample it is."""
+        """The pair that a sample belongs to."""
         return self.dataset.pair_keys[self.indices[index]]
 
     def __getitem__(self, index: int) -> Sample:
@@ -458,7 +459,7 @@ class LabeledPairs(Dataset):
             label = self.label_folder.read(pair)
             flow, has_flow, weight = label.flow, label.has_flow, torch.ones(len(pair.pc0))
             if self.doubt is not None:
-                # What stands in one pair and moves in the next is learned from the clear cases. An
+                # Whether such points move is learned from the clear cases of other pairs. An
                 # unknown gain is NaN, for which both comparisons are False.
                 has_flow = has_flow & ~((label.gain >= 1) & (label.gain < self.doubt))
         elif pair.flow is not None:
@@ -468,7 +469,7 @@ class LabeledPairs(Dataset):
             what = "has no true flow to learn from"
             raise DataError(f"{tuple(pair.key)}: {what}; give a split with annotations")
 
-        # Ground is cut out here already, so that it need not travel to the device.
+        # Ground is removed here already, so that it is not copied to the device.
         keep = ~pair.is_ground0
         pc0, pc1 = pair.pc0[keep], pair.pc1[~pair.is_ground1]
         return Sample(pc0, pc1, flow[keep], has_flow[keep], weight[keep], pair.seconds)
@@ -478,7 +479,7 @@ class Samples(Dataset):
     """The samples of several `LabeledPairs`, or a share of them.
 
     A pair that cannot be read is reported on stderr, and the next one takes its place. hash: of
-    the list of pairs and of what made their labels; it tells whether a resumed run has its data.
+    the list of pairs and of their teacher; it tells whether a resumed run still has its data.
     """
 
     def __init__(self, parts: Sequence[LabeledPairs], fraction: float = 1.0):
@@ -518,7 +519,7 @@ class Samples(Dataset):
     def __getitem__(self, index: int) -> Sample:
         if index >= len(self):  # by which a loop over all samples ends
             raise IndexError(f"sample {index} of {len(self)}")
-        # Single files may be torn. A hundred unreadable pairs in a row have another cause.
+        # Single files may be broken. A hundred unreadable pairs in a row have another cause.
         errors = []
         for other in range(index, index + min(len(self), 100)):
             part, i = self._find(int(self.chosen[other % len(self)]))
@@ -539,7 +540,7 @@ def _digest(value) -> str:
 
 
 def _digest_of_list(values: Iterable[str]) -> str:
-    """`_digest` of the list of these texts, without having the list."""
+    """`_digest` of the list of these texts, without building the list."""
     digest, before = hashlib.sha256(b"["), ""
     for value in values:
         digest.update(f"{before}{value!r}".encode())
@@ -586,7 +587,7 @@ def load(
         collate_fn=join,
         pin_memory=settings.device.startswith("cuda"),
         worker_init_fn=ignore_signals,
-        timeout=1 if settings.workers else 0,  # seconds, after which the reader looks around
+        timeout=1 if settings.workers else 0,  # seconds, after which signals are checked
     )
     with contextlib.closing(Reader(loader)) as reader:
         for step in itertools.count(first_step):
@@ -662,7 +663,7 @@ def train(
     """Fit a student to samples. Returns it in training mode, or None if a signal stopped the run.
 
     folder: for checkpoints and log; None writes nothing. validate: gives a validation's numbers.
-    Raises DataError if too many samples cannot be read, or if gradients stay without finite value.
+    Raises DataError if too many samples cannot be read, or if gradients are not finite for long.
     """
     rank, world = rank_of()
     state = State(getattr(samples, "hash", ""))
@@ -686,7 +687,7 @@ def train(
         contextlib.closing(load(samples, settings, state.step, stopped)) as steps,
     ):
         while True:
-            # A validation that was interrupted is made up for after a resume.
+            # A validation that was interrupted is repeated after a resume.
             is_last = state.step >= total
             is_due = is_last or state.step % (settings.validate_every or per_epoch) == 0
             validates = validate and is_due and state.validated < state.step and not stopped
@@ -722,7 +723,7 @@ def _next_batches(steps: Iterator[list[Batch]], save: Callable) -> list[Batch] |
     try:
         return next(steps, None)
     except (DataError, Outage):
-        save("last.pt")  # the model is still that of the last whole step
+        save("last.pt")  # the model is as it was after the last complete step
         raise
 
 
@@ -835,7 +836,7 @@ def one_step(
 def varied(batch: Batch, settings: TrainSettings, generator: torch.Generator) -> Batch:
     """Each pair in another form, so that it teaches more: mirrored, turned, raised or lowered.
 
-    Points that are turned out of the grid do not count in the loss, as all points outside it.
+    Points that are turned out of the grid do not count in the loss, like all points outside it.
     """
     changed = {"pc0s": [], "pc1s": [], "labels": []}
     for i in range(len(batch.pc0s)):
@@ -879,14 +880,14 @@ def add_gradients(
     """
     world, device = rank_of()[1], torch.device(settings.device)
     is_bfloat16 = settings.dtype == "bfloat16"
-    sums = torch.zeros(3, device=device)  # on a GPU, asking for a value would wait for it
+    sums = torch.zeros(3, device=device)  # reading a value from a GPU would wait for it
     for part, batch in enumerate(batches, start=1):
         # A step may take minutes on a CPU, longer than clusters wait. Several processes stop
         # between steps instead, together, since none may leave the others waiting.
         if stopped and world == 1:
             return None
 
-        # Processes exchange their gradients during a backward pass; in the last one is enough.
+        # Processes exchange their gradients during a backward pass; once, in the last, is enough.
         is_last = part == len(batches)
         exchange = contextlib.nullcontext() if world == 1 or is_last else model.no_sync()
         with exchange:
@@ -902,7 +903,7 @@ def add_gradients(
 
 
 def learning_rate(step: int, total: int, settings: TrainSettings) -> float:
-    """Of step 0, 1, ... With `cosine`: a linear rise for 5 % of the steps, and a fall to 0."""
+    """For step 0, 1, ... With `cosine`: a linear rise for 5 % of the steps, and a fall to 0."""
     if not settings.cosine:
         return settings.lr
     rise = min(1.0, (step + 1) / (0.05 * total))
@@ -937,13 +938,13 @@ class State:
         if result.broken and self.broken > settings.max_broken * max(100, self.shown):
             what = f"{self.broken} of {self.shown} pairs could not be read"
             limit = f"more than --max-broken {settings.max_broken}"
-            remedy = "mend the data (see `python zeroflow.py check`), or allow more"
+            remedy = "repair the data (see `python zeroflow.py check`), or allow more"
             raise DataError(f"{what}, {limit}; {remedy}")
 
         # A step is skipped now and then, most of all with bfloat16. Ten in a row mean divergence.
         if self.skipped_in_a_row == 10:
             what = f"step {self.step}: loss or gradient was not finite ten times in a row"
-            remedy = "go on by --resume with a lower --lr, a --clip-norm, or --dtype float32"
+            remedy = "use --resume with a lower --lr, a --clip-norm, or --dtype float32"
             raise DataError(f"{what}; {remedy}")
 
 
@@ -964,8 +965,8 @@ def processes(settings: TrainSettings) -> Iterator[TrainSettings]:
         torch.cuda.set_device(device)
         settings = dataclasses.replace(settings, device=device)
 
-    # Later the others wait while the first process validates, so they must be patient. But whoever
-    # does not come at the start will not come in two hours either.
+    # Later the others wait while the first process validates, so this timeout is long. The one for
+    # the start is shorter: a process that has not joined by then is not going to.
     store, rank, world = _meet()
     timeout = datetime.timedelta(hours=2)
     backend = "nccl" if is_cuda else "gloo"
@@ -980,7 +981,7 @@ START_TIMEOUT = datetime.timedelta(minutes=5)
 
 
 def _meet() -> tuple[dist.Store, int, int]:
-    """The store that all processes share, this one's rank, and their number, when all have come.
+    """Wait until all processes have joined: their shared store, this one's rank, their number.
 
     Raises DataError if that takes too long.
     """
@@ -990,7 +991,7 @@ def _meet() -> tuple[dist.Store, int, int]:
         store.wait([f"started/{other}" for other in range(world)], START_TIMEOUT)
     except RuntimeError as error:
         minutes = START_TIMEOUT.total_seconds() / 60
-        what = f"not all {os.environ['WORLD_SIZE']} processes came within {minutes:g} minutes"
+        what = f"not all {os.environ['WORLD_SIZE']} processes joined within {minutes:g} minutes"
         reason = str(error).splitlines()[0]
         raise DataError(f"{what} ({reason}); see what they printed, and start all again") from error
     return store, rank, world
@@ -1062,12 +1063,12 @@ def restore(folder: Path, model, optimizer, state: State, settings: TrainSetting
 
     # With other pairs, the same step would show something else: it would not be the same run.
     if stored.samples_hash != state.samples_hash:
-        what = "its run learns from other pairs than are there now"
+        what = "its run learns from other pairs than the data has now"
         raise DataError(f"{folder}: {what}; restore the data and the labels")
     try:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        # torch does not look at these, and would miss them in the first step.
+        # torch does not check these, and would fail in the first step.
         for parameter, moments in optimizer.state.items():
             for name in ("exp_avg", "exp_avg_sq"):
                 if moments[name].shape != parameter.shape or not moments[name].isfinite().all():

@@ -304,7 +304,7 @@ def error_against_time_figure(rows: dict[str, dict[str, float]]) -> Figure:
 
 
 # --- Films ----------------------------------------------------------------------------------------
-# A film is dark, so that what moves lights up.
+# Films are dark, so that moving points stand out.
 
 NIGHT, NIGHT_GROUND, NIGHT_STILL = 0.06, 0.2, 0.45  # gray levels: background, ground, static points
 VIEWS = ("ego", "world", "3d")
@@ -314,8 +314,8 @@ class Film:
     """The frames of a film: one panel per method, each with the points in the colors of its flow.
 
     names: of the methods. view: "ego", from above with the ego at the origin, looking to the right;
-    "world", the same but turned as the map is, so that only what moves turns; "3d", from above and
-    behind the ego. half_m: how far a panel reaches from the ego. pixels: the width of a panel.
+    "world", the same but turned as the map is, so that static surroundings do not turn; "3d", from
+    above and behind the ego. half_m: how far a panel reaches from the ego. pixels: its width.
     """
 
     def __init__(
@@ -671,7 +671,7 @@ def pipeline_figure() -> Figure:
     whole = figure.add_axes((0, 0, 1, 1), xlim=(0, 11), ylim=(0, 3.4))
     whole.set_axis_off()
 
-    # A scene of a wall that stands and a car that drives ahead, in both sweeps.
+    # A scene with a static wall and a car that drives ahead, in both sweeps.
     steps = np.linspace(0, 1, 12)
     wall = np.stack([4 * steps - 2, np.full(12, 0.9)], axis=1)
     side = np.stack([steps - 0.7, np.full(12, -0.2)], axis=1)
@@ -1188,7 +1188,7 @@ def stopped_fit_figure(
         bottom.plot(values, linestyle=style, color=f"C{1 + style.count('--')}", label=name)
     bottom.set(ylabel="EPE (m)", xlabel="iteration", ylim=(0, None))
 
-    # The marks stand in both panels, but only once in the legend.
+    # The marks are drawn in both panels, but listed only once in the legend.
     end = len(losses) - 1
     for ax, prefix in ((top, ""), (bottom, "_")):
         waited = f"{prefix}no improvement for {end - last_improvement} iterations"

@@ -11,7 +11,7 @@ are slow and expensive, so ZeroFlow lets a machine do it, in four steps:
   4. score     Both are compared with true flow, by groups of points (metrics.py).
 
 `distill` puts the first two steps together; the other functions follow in the order of the steps.
-They take tensors and return tensors; files, processes and options of commands live elsewhere.
+They take tensors and return tensors; files, processes and command-line options are elsewhere.
 
 Points are (N, 3) float32 in meters, in the ego frame of sweep 0 (x forward, y left, z up). Flow is
 the *residual* displacement after ego-motion compensation, from sweep 0 to sweep 1. Row i of a flow
@@ -27,10 +27,10 @@ from __future__ import annotations
 import os
 import sys
 
-# torch's threads wait for each other by spinning, which takes the cores from whoever they wait for
-# if another process is busy, too. This lets them sleep; it works only before torch is loaded.
+# torch's threads wait for each other by spinning. If another process is busy, too, this takes the
+# core that the awaited thread needs. This lets them sleep; it works only before torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# In a file or a log, a progress bar is a line per minute. This works only before tqdm is loaded.
+# In a file or a log, a progress bar is one line per minute. This works only before tqdm is loaded.
 if not sys.stderr.isatty():
     os.environ.setdefault("TQDM_MININTERVAL", "60")
 
@@ -270,7 +270,7 @@ def predict(
     if total:
         flow = data.total_flow(flow, pair)
 
-    # Who brings an array gets an array; who brings a tensor gets one on the same device.
+    # An array gives an array; a tensor gives a tensor on the same device.
     return flow.to(pc0.device) if isinstance(pc0, torch.Tensor) else flow.numpy()
 
 
@@ -283,7 +283,7 @@ def student_flow(model: Student, pair: SweepPair) -> tuple[torch.Tensor, torch.T
         )
     device = next(model.parameters()).device
 
-    # The student removes what lies outside its grid by itself, but has never seen ground.
+    # The student removes points outside its grid by itself, but has never seen ground.
     is_source = ~pair.is_ground0
     pc0, pc1 = pair.pc0[is_source].to(device), pair.pc1[~pair.is_ground1].to(device)
     flows, is_in_grid = model([pc0], [pc1])
@@ -302,7 +302,7 @@ class Estimate(NamedTuple):
 
     flow: torch.Tensor  # (N0, 3) residual, on the CPU
     seconds: float  # how long it took
-    is_dynamic: torch.Tensor | None = None  # (N0,) bool, if the method itself decides what moves
+    is_dynamic: torch.Tensor | None = None  # (N0,) bool, if the method decides which points move
 
 
 # Every method that can be scored is a function from a pair to an estimate.
@@ -372,8 +372,8 @@ def evaluate(
 ) -> Evaluation:
     """Compare a method with the true flow of every pair of a data set.
 
-    half_extent_m: the student's grid, outside of which the grid's and the paper's metrics do not
-    look. challenge_mask: gives the (N0,) points that the 2023 challenge scores; without it the av2
+    half_extent_m: the student's grid; the grid's and the paper's metrics ignore points outside it.
+    challenge_mask: gives the (N0,) points that the 2023 challenge scores; without it the av2
     numbers are NaN. max_broken: the share of the pairs (of at least 100) that may be unreadable.
     Raises DataError for the pair that exceeds it, for a pair without true flow, and if no pair is
     left.
@@ -387,7 +387,7 @@ def evaluate(
             estimate = estimator(pair)
             mask = challenge_mask(pair) if challenge_mask else None
         except (DataError, OSError) as error:
-            # One bad file must not cost the numbers of a whole split, but many must not pass.
+            # One bad file must not stop the evaluation of a whole split, but many must.
             broken += 1
             if broken > max_broken * max(100, len(dataset)):
                 raise _too_many_broken(error, broken, len(dataset)) from error
@@ -425,7 +425,7 @@ def _add_to(
         )
     check_flow(estimate.flow, pair)
 
-    # The 2023 challenge compares raw flow, ego-motion included; everybody else residual flow.
+    # The 2023 challenge compares raw flow, ego-motion included; all other metrics, residual flow.
     raw = None
     if mask is not None:
         raw = data.total_flow(estimate.flow, pair), data.total_flow(pair.flow, pair)
@@ -488,7 +488,7 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-# The headline numbers, our own yardstick first, then the paper's. FD, FS and BS are the errors of
+# The headline numbers, our own metric first, then the paper's. FD, FS and BS are the errors of
 # moving foreground, static foreground and background.
 TABLE_COLUMNS = {
     "grid 3-way": "grid_three_way",

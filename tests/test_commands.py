@@ -287,7 +287,7 @@ def test_every_setting_has_a_comment_which_is_its_help_text(settings_class):
 
 def test_a_comment_of_several_lines_is_shown_whole():
     text = commands.field_comments(train.TrainSettings)["init"]
-    assert text.startswith("begin with the weights of") and text.endswith("random ones")
+    assert text.startswith("start from the weights of") and text.endswith("random ones")
 
 
 def test_help_shows_the_defaults_that_will_be_used():

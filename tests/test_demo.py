@@ -60,7 +60,7 @@ def test_the_whole_method_on_a_tiny_street(tmp_path, cache, capsys):
     # The same again would write over a run; a finished one is only evaluated again.
     capsys.readouterr()
     assert commands.train_main([*arguments, "--out", str(run)]) == 1
-    assert f"--out {run}: holds a run; go on with it by --resume" in capsys.readouterr().err
+    assert f"--out {run}: holds a run; continue it with --resume" in capsys.readouterr().err
     assert commands.train_main(["--resume", "--out", str(run)]) == 0
     assert f"{rows['student']['grid_three_way']:.4f}" in capsys.readouterr().out
     assert commands.train_main(["--resume", "--out", str(run), "--train-logs", "2"]) == 1

@@ -99,7 +99,7 @@ def test_a_signal_stops_the_scaling_law_and_nothing_is_kept_of_that_run(
     assert (
         experiments.main(["scaling-law", "--out", str(out), "--only", experiments.SUPERVISED]) == 0
     )
-    assert "stopped by a signal; the same command goes on" in capsys.readouterr().out
+    assert "stopped by a signal; repeat the same command to continue" in capsys.readouterr().out
     assert not out.exists() or not list(out.iterdir())
 
 

@@ -69,7 +69,7 @@ def test_argoverse_2_comes_back_in_the_ego_frame(tmp_path, pair):
     dataset = data.open_dataset(tmp_path)
     assert dataset.pair_keys == [data.PairKey("drive", *AV2_STAMPS)]
     assert dataset.notes == [
-        f"{tmp_path}: time stamps are taken to be nanoseconds, because of their size"
+        f"{tmp_path}: time stamps are assumed to be nanoseconds, because of their size"
     ]
     assert_same_pair(dataset[0], pair)
     lidar = torch.from_numpy(hdf5.AV2_LIDAR_M)
@@ -92,7 +92,7 @@ def test_of_other_data_the_unit_of_time_is_told_by_its_size(tmp_path, pair, firs
     write_scene(tmp_path / "scene.h5", pair, stamps)
     dataset = data.open_dataset(tmp_path)
     assert dataset.pair_keys == [data.PairKey("scene", *(stamp * unit_ns for stamp in stamps))]
-    assert f"taken to be {unit}" in dataset.notes[0]
+    assert f"assumed to be {unit}" in dataset.notes[0]
     assert_same_pair(dataset[0], pair)
     assert dataset[0].lidar1 is None
 

@@ -252,7 +252,7 @@ def test_an_outage_stops_a_run_and_is_not_a_broken_pair(tmp_path, server, monkey
     dataset = open_cached(tmp_path)
     server.is_away = True
     monkeypatch.setattr(remote, "PATIENCE_S", 0.3)
-    with pytest.raises(data.Outage, match=r"gave no whole answer for 0 s \(.*what is done is kept"):
+    with pytest.raises(data.Outage, match=r"gave no whole answer for 0 s \(.*finished work is"):
         dataset[0]
     with pytest.raises(data.Outage):
         labels.label_dataset(dataset, tmp_path / "labels", QUICK, workers=1)

@@ -700,7 +700,7 @@ def test_a_torn_checkpoint_and_other_data_are_refused_with_a_way_out(
         assert message in capsys.readouterr().err
     labels.label_path(tmp_path / "labels", data.open_dataset(own[1]).pair_keys[0]).unlink()
     assert commands.train_main(["--resume", "--out", str(run)]) == 1
-    assert "its run learns from other pairs than are there now" in capsys.readouterr().err
+    assert "its run learns from other pairs than the data has now" in capsys.readouterr().err
 
 
 def test_sigterm_writes_a_checkpoint_and_ends_well_and_the_run_goes_on(tmp_path, own):
@@ -743,7 +743,7 @@ def test_sigterm_to_a_whole_group_of_processes_ends_well_within_seconds(tmp_path
     finally:
         process.kill()
     assert process.returncode == 0, err
-    assert "stopped by a signal; go on with: python train.py --resume --out" in out
+    assert "stopped by a signal; continue with: python train.py --resume --out" in out
     step = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["state"]["step"]
     assert step == len(train.read_log(tmp_path / "run")) >= 5
 
@@ -773,7 +773,7 @@ def test_a_gradient_that_is_not_finite_skips_its_step_and_stops_the_run_if_it_pe
 def test_a_loss_that_became_infinite_stops_the_run_although_its_gradient_is_zero(tmp_path):
     """A rate of 1 throws the weights so far off that the flow overflows, and nothing is left."""
     wild = dataclasses.replace(STREET, steps=100, lr=1.0, cosine=False, clip_norm=None)
-    with pytest.raises(data.DataError, match="not finite ten times in a row; go on by"):
+    with pytest.raises(data.DataError, match="not finite ten times in a row; use --resume"):
         train.train(samples_that_move(2), wild, tmp_path)
     last = train.read_log(tmp_path)[-1]
     assert last["loss"] == math.inf and last["gradient"] == 0
@@ -1079,14 +1079,14 @@ def test_validation_on_pairs_that_are_learned_from_is_said_and_the_same_data_twi
 ):
     own = [*own, "--steps", "1"]
     assert commands.train_main([*own, "--val", str(street_folder)]) == 0
-    what = f"--val {street_folder}: 4 of its 4 pairs are also learned from; its errors are lower"
+    what = f"--val {street_folder}: 4 of its 4 pairs are also in the training data; its errors are"
     assert what in capsys.readouterr().err
     (tmp_path / "other").mkdir()
     log = sorted(street_folder.iterdir())[0]
     shutil.copytree(log, tmp_path / "other" / "another_log")
     more = ["--val", str(tmp_path / "other"), "--out", str(tmp_path / "second")]
     assert commands.train_main([*own, *more]) == 0
-    assert "also learned from" not in capsys.readouterr().err
+    assert "also in the training data" not in capsys.readouterr().err
     (tmp_path / "link").symlink_to(street_folder)
     for other in (str(street_folder) + "/", str(tmp_path / "link")):
         twice = [*own, "--data", str(street_folder), other, "--labels", "a", "b"]
@@ -1219,7 +1219,7 @@ def test_a_start_to_which_a_process_does_not_come_is_given_up(tmp_path):
 
     for process in start([0, 2], timeout_s=3):
         _, errors = process.communicate(timeout=60)
-        assert "not all 3 processes came within 0.05 minutes (" in errors
+        assert "not all 3 processes joined within 0.05 minutes (" in errors
     for rank, process in enumerate(start([0, 1, 2], timeout_s=60)):
         printed, errors = process.communicate(timeout=60)
         assert printed == f"all are here ({rank}, 3)\n", errors
