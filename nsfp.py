@@ -718,7 +718,7 @@ def _confirmed_motions(
     motion = _fit_to_sweep(points, motion, slot, surface, steps, settings)
 
     # The part of a wall that a parked car hides from sweep 1 seems to have disappeared, and the
-    # part that it uncovers, to have appeared. Hidden points must not count as evidence for a motion.
+    # part that it uncovers, to have appeared. Hidden points must not be evidence for a motion.
     moved, weight = move(points, motion, slot), None
     if lidar1 is not None and len(rows):
         is_hidden = hidden_points(points, moved, surface.neighbors.points, lidar1)

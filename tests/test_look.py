@@ -148,7 +148,9 @@ def test_a_film_has_a_frame_for_each_pair_of_its_log_and_its_time_span(street):
     assert look.pairs_of_log(street, log, 0.0, 0.05) == [first]
     with pytest.raises(data.DataError, match=r"no pair then; its pairs begin at 0 to 0\.1 s"):
         look.pairs_of_log(street, log, 5.0)
-    with pytest.raises(data.DataError, match=f"--log moon: has no pairs here; choose one of {log[:8]}"):
+    with pytest.raises(
+        data.DataError, match=f"--log moon: has no pairs here; choose one of {log[:8]}"
+    ):
         look.pairs_of_log(street, "moon")
     frames = list(look.film_frames(street, [first, second], TRUTH | {"again": look.true_flow}))
     assert len(frames) == 2 and frames[0].dtype == np.uint8
