@@ -91,7 +91,7 @@ class Log:
         try:
             self.file.write(json.dumps(line).encode() + b"\n")
         except OSError as error:
-            remedy = "make room, then go on by --resume"
+            remedy = "make room, then continue with --resume"
             reason = f"cannot be written ({error.strerror}); {remedy}"
             raise OSError(error.errno, reason, str(self.file.name)) from error
 
@@ -230,9 +230,9 @@ def stop_signals() -> Iterator[list[int]]:
 _MORE_MEMORY = "give the container more shared memory (docker run --shm-size 8g)"
 _SHARED_MEMORY = (
     "there is too little shared memory (/dev/shm) for the pairs that workers read ahead; "
-    f"{_MORE_MEMORY}, or go on by --resume with --workers 0"
+    f"{_MORE_MEMORY}, or continue with --resume and --workers 0"
 )
-_KILLED = "killed, often for lack of memory; go on by --resume with fewer --workers"
+_KILLED = "killed, often for lack of memory; use --resume with fewer --workers"
 
 
 class Reader:
@@ -247,7 +247,7 @@ class Reader:
             self.loaded = iter(loader)
         except OSError as error:  # memory, shared memory, or the number of processes allowed
             what = f"{loader.num_workers} workers cannot be started ({error})"
-            raise DataError(f"{what}; go on by --resume with fewer, or {_MORE_MEMORY}") from error
+            raise DataError(f"{what}; continue with --resume and fewer, or {_MORE_MEMORY}") from error
         self.workers = [each for each in multiprocessing.active_children() if each not in others]
 
         # When a worker dies, torch raises an error wherever this process happens to be, even in

@@ -835,7 +835,7 @@ def bus_error():
 @pytest.mark.parametrize(
     ("fault", "workers", "message"),
     [
-        (killed, 2, "a worker died (exit code -9): killed, often for lack of memory; go on by --"),
+        (killed, 2, "a worker died (exit code -9): killed, often for lack of memory; use --resume"),
         (bus_error, 1, "a worker died (exit code -7): there is too little shared memory (/dev/shm"),
         (unreadable, 2, "none of 4 pairs in a row can be read; the first: sweep.feather: is torn"),
     ],
