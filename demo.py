@@ -94,7 +94,7 @@ def run(settings: train.TrainSettings, demo: DemoSettings) -> dict[str, dict[str
     paper = dataclasses.replace(nsfp.TEACHERS["nsfp"], iterations=NSFP_ITERATIONS)
     slow = seconds_of(paper, test_set, 2) / student_s
     print(f"the student is {times:.0f} times faster than its teacher; {slow:.0f} times faster")
-    print(f"than {NSFP_ITERATIONS} of the several hundred iterations of the paper's, `nsfp`")
+    print(f"than {NSFP_ITERATIONS} iterations of the paper's `nsfp`, which takes several hundred")
     if demo.picture:
         pair = test_set[0]
         with zeroflow.one_thread():
