@@ -20,7 +20,6 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PathCollection
 from matplotlib.colors import hsv_to_rgb
-from matplotlib.container import Container
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, Rectangle
 
@@ -32,10 +31,25 @@ SWEEP0, SWEEP1, GROUND = "tab:blue", "tab:orange", "0.8"
 # Colors of methods by name, wherever methods are compared. Others take matplotlib's in turn.
 METHODS = {
     "no-motion": "0.6",
+    "nearest": "tab:brown",
+    "zero raw": "0.3",
     "teacher": "tab:purple",
     "fast": "tab:purple",
+    "nsfp": "tab:pink",
+    "better teacher": "indigo",
     "student": "tab:green",
+    "student of the better teacher": "yellowgreen",
+    "supervised": "tab:cyan",
 }
+
+# Colors of groups of points, wherever groups are compared. Static points are gray, as in a flow.
+GROUPS = {"moving": "tab:red", "background": "0.5"}
+
+
+def _color_of(name: str) -> str | None:
+    """The color of a method or a group of points; None for others."""
+    return GROUPS.get(name, METHODS.get(name))
+
 
 # Line styles of vertical marks, in turn.
 MARK_STYLES = ("--", ":", "-.")
@@ -244,7 +258,7 @@ def error_by_speed_figure(rows: dict[str, dict[str, float]]) -> Figure:
         ax.set_xlim(-0.5, len(labels) - 0.5)
         ax.grid(axis="y", alpha=0.3)
     axes[0].set_ylim(bottom=-0.04 * axes[0].get_ylim()[1])  # room for the crosses
-    axes[0].legend(title="true speed")
+    _legend_outside(figure, "right upper", title="true speed")
     return figure
 
 
@@ -257,12 +271,12 @@ def error_by_distance_figure(rows: dict[str, dict[str, float]]) -> Figure:
         for name, numbers in rows.items():
             # An error is drawn at the inner border of its ring.
             errors = [numbers[f"grid_epe_{group}_from_{inner}_m"] for inner in metrics.RINGS_M]
-            ax.plot(metrics.RINGS_M, errors, marker="o", label=name)
+            ax.plot(metrics.RINGS_M, errors, marker="o", color=_color_of(name), label=name)
         ax.set(title=title, xlabel="max(|x|, |y|), from (m)", xticks=metrics.RINGS_M)
         ax.grid(alpha=0.3)
     axes[0].set_ylabel("EPE (m)")
     axes[0].set_ylim(bottom=0)
-    axes[0].legend()
+    _legend_outside(figure, "lower center")
     return figure
 
 
@@ -286,7 +300,7 @@ def error_against_time_figure(rows: dict[str, dict[str, float]]) -> Figure:
     # Predictions from files have an error but no time: they become a line across the figure.
     for name, numbers in rows.items():
         seconds, error = numbers["seconds_per_pair"], numbers["paper_three_way"]
-        color = METHODS.get(name)
+        color = _color_of(name)
         if math.isnan(seconds):
             ax.axhline(error, color=color, linestyle="--", label=f"{name} (time unknown)")
         else:
@@ -299,8 +313,23 @@ def error_against_time_figure(rows: dict[str, dict[str, float]]) -> Figure:
     ax.tick_params(axis="y", which="minor", labelleft=False)
     ax.set_title("gray: the paper's, on its data and GPU; in color: measured here")
     ax.grid(alpha=0.3, which="both")
-    ax.legend()
+    ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
     return figure
+
+
+def _legend_outside(figure: Figure, place: str, title: str | None = None) -> None:
+    """One legend for all panels of a figure, beside or below them, with each name once.
+
+    place: "right upper" or "lower center". The figure needs a constrained or compressed layout.
+    """
+    named = {}
+    for ax in figure.axes:
+        handles, names = ax.get_legend_handles_labels()
+        for handle, name in zip(handles, names, strict=True):
+            named.setdefault(name, handle)
+    columns = 1 if place == "right upper" else min(4, max(1, len(named)))
+    style = {"loc": f"outside {place}", "ncols": columns, "title": title}
+    figure.legend(named.values(), named.keys(), **style)
 
 
 # --- Films ----------------------------------------------------------------------------------------
@@ -543,7 +572,7 @@ def learning_curve_figure(lines: list[dict]) -> Figure:
         axes[1].plot(at, paper, marker="o", label="paper three-way (m)")
         axes[1].plot(at, bucketed, marker="s", label="bucketed, dynamic (1: no-motion)")
         axes[1].set(title="validation", xlabel="step", ylabel="error", ylim=(0, None))
-        axes[1].legend()
+        axes[1].legend(**_BELOW)
     for ax in axes:
         ax.grid(alpha=0.3)
     return figure
@@ -609,7 +638,11 @@ def _draw_loss(ax: Axes, steps: list[dict]) -> None:
     if 0 < len(unweighted) < len(steps):
         ax.axvline(unweighted[0], color="0.4", linestyle=":", label="unweighted from here on")
     ax.set(title="distillation loss", xlabel="step", ylabel="loss (m)", ylim=(0, None))
-    ax.legend()
+    ax.legend(**_BELOW)
+
+
+# A legend below a panel, where the panels of a figure have different legends.
+_BELOW = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "ncols": 3}
 
 
 def scaling_law_figure(
@@ -622,13 +655,13 @@ def scaling_law_figure(
     and "better teacher".
     """
     student, supervised, better = points
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    figure = Figure(figsize=(11, 5.5), layout="constrained")
     panels = figure.subplots(1, 2)
     titles = ("more logs without labels beat fewer with them", "two teachers")
     lines = {
-        student: ("student, trained on pseudo-labels", SWEEP0, "o"),
-        supervised: ("the same network, trained on true flow", SWEEP1, "s"),
-        better: ("student of a better teacher", "tab:green", "^"),
+        student: ("student, trained on pseudo-labels", METHODS["student"], "o"),
+        supervised: ("the same network, trained on true flow", METHODS["supervised"], "s"),
+        better: ("student of a better teacher", METHODS["student of the better teacher"], "^"),
     }
     for ax, title, kinds in zip(
         panels, titles, ((student, supervised), (student, better)), strict=True
@@ -641,23 +674,25 @@ def scaling_law_figure(
             dots = {"color": color, "marker": marker, "linestyle": "", "alpha": 0.6}
             for logs, errors in points[kind].items():
                 ax.plot([logs] * len(errors), errors, **dots)
-        ax.axhline(levels["teacher"], color=SWEEP0, linestyle="--", label="its teacher")
+        dashed = {"color": METHODS["teacher"], "linestyle": "--"}
+        ax.axhline(levels["teacher"], label="its teacher", **dashed)
         if better in kinds:
-            level = levels["better teacher"]
-            ax.axhline(level, color="tab:green", linestyle="--", label="the better teacher")
+            dashed["color"] = METHODS["better teacher"]
+            ax.axhline(levels["better teacher"], label="the better teacher", **dashed)
         else:
             # Beyond the last log that people labeled, the twin cannot get any better.
             logs, errors = list(points[supervised].items())[-1]
-            best = {"color": SWEEP1, "linestyle": ":", "label": f"its mean with {logs} logs"}
-            ax.axhline(np.mean(errors), **best)
-            ax.axhline(levels["no-motion"], color="0.6", linestyle=":", label="no-motion")
+            best = {"color": METHODS["supervised"], "linestyle": ":"}
+            ax.axhline(np.mean(errors), label=f"its mean with {logs} logs", **best)
+            nothing = {"color": METHODS["no-motion"], "linestyle": ":"}
+            ax.axhline(levels["no-motion"], label="no-motion", **nothing)
         ax.set(title=title, xscale="log", xlabel="logs trained on", ylim=(0, None))
         # Ticks only where there are points, not at powers of ten.
         ticks = sorted({logs for kind in kinds for logs in points[kind]})
         ax.set_xticks(ticks, [str(tick) for tick in ticks])
         ax.minorticks_off()
         ax.grid(alpha=0.3)
-        ax.legend(fontsize="small", loc="upper right", bbox_to_anchor=(1, 0.93))
+        ax.legend(**(_BELOW | {"ncols": 2}))
     panels[0].set_ylabel("grid three-way EPE on unseen logs (m)")
     return figure
 
@@ -750,7 +785,7 @@ def clouds_figure(
         ax.scatter(pc1[:, 0], pc1[:, 1], color=SWEEP1, label="sweep 1", **style)
         if flow:
             draw_flow(ax, pc0, flow[0])
-    axes[0].legend(loc="lower left" if window is None else "lower right")
+    _legend_outside(figure, "right upper")
     return figure
 
 
@@ -839,7 +874,8 @@ def lines_figure(
     # Lines may lie on top of each other, so they differ in style, too.
     marker = "o" if log_x else ""
     for (name, (x, y)), style in zip(lines.items(), itertools.cycle(("-", "--", "-.", ":"))):
-        ax.plot(np.asarray(x), np.asarray(y), linestyle=style, label=name, marker=marker)
+        line = {"linestyle": style, "color": _color_of(name), "marker": marker}
+        ax.plot(np.asarray(x), np.asarray(y), label=name, **line)
     for (name, x), style in zip((marks or {}).items(), MARK_STYLES, strict=False):
         ax.axvline(x, color="0.4", linestyle=style, label=name)
     ax.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, None))
@@ -864,25 +900,26 @@ def histogram_figure(
 
     marks: name -> x of a vertical line. log: a logarithmic scale of the counts.
     """
-    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    figure = Figure(figsize=(8.5, 3.5), layout="constrained")
     ax = figure.subplots()
 
     # Values beyond the limits are counted in the outermost bars, and the label tells the reader.
     bins = np.linspace(*limits, 61)
     for name, each in values.items():
-        ax.hist(np.clip(np.asarray(each), *limits), bins=bins, alpha=0.6, label=name)
+        inside = np.clip(np.asarray(each), *limits)
+        ax.hist(inside, bins=bins, alpha=0.6, color=_color_of(name), label=name)
     for (name, x), style in zip((marks or {}).items(), MARK_STYLES, strict=False):
         ax.axvline(x, color="black", linestyle=style, label=name)
     xlabel = f"{xlabel}; the outermost bars hold everything beyond"
     ax.set(xlabel=xlabel, ylabel="points", yscale="log" if log else "linear")
     ax.grid(alpha=0.3)
-    ax.legend()
+    _legend_outside(figure, "right upper")
     return figure
 
 
 def bars_figure(rows: dict[str, dict[str, float]], ylabel: str, xlabel: str = "") -> Figure:
     """One group of bars per column, with one bar per row in it. rows: name -> column -> value."""
-    figure = Figure(figsize=(8, 3.5), layout="constrained")
+    figure = Figure(figsize=(9.5, 3.5), layout="constrained")
     ax = figure.subplots()
     columns = list(next(iter(rows.values())))
     width = 0.8 / len(rows)
@@ -890,13 +927,13 @@ def bars_figure(rows: dict[str, dict[str, float]], ylabel: str, xlabel: str = ""
         # The bars of a group are centered around its tick.
         place = np.arange(len(columns)) + (i - (len(rows) - 1) / 2) * width
         heights = [row[column] for column in columns]
-        bars = ax.bar(place, heights, width=0.92 * width, color=METHODS.get(name), label=name)
+        bars = ax.bar(place, heights, width=0.92 * width, color=_color_of(name), label=name)
         ax.bar_label(bars, fmt=_short, fontsize=7)
     ax.set(xlabel=xlabel, ylabel=ylabel, xticks=range(len(columns)), xticklabels=columns)
     ax.grid(axis="y", alpha=0.3)
-    ax.margins(y=0.25)
+    ax.margins(y=0.12)  # room for the numbers on the bars
     if len(rows) > 1:
-        ax.legend(ncols=len(rows), loc="upper center")
+        _legend_outside(figure, "right upper")
     return figure
 
 
@@ -950,12 +987,8 @@ def pillars_figure(
         axis.set_ticks(borders, minor=True)
         axis.set_ticks(borders[::2])
     ax.grid(which="both", alpha=0.6)
-    ax.legend()
+    ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
     return figure
-
-
-# Colors of groups of points, wherever groups are compared. Static points are gray, as in a flow.
-GROUPS = {"moving": "tab:red", "background": "0.5"}
 
 
 def claim(
@@ -963,8 +996,7 @@ def claim(
 ) -> Figure:
     """Give a figure the claim that it shows as its title, and return it.
 
-    places: text -> (x, y, radius) in meters; a circle with that text in every panel. Legends move
-    from the panels to their right. What is named in METHODS or GROUPS gets its color from there.
+    places: text -> (x, y, radius) in meters; a circle with that text in every panel.
     """
     panels = [ax for ax in figure.axes if ax.get_label() != "<colorbar>"]
     if any(ax.get_aspect() == 1 for ax in panels):
@@ -979,28 +1011,6 @@ def claim(
             ax.add_patch(Circle((x, y), radius, fill=False, edgecolor="black", linewidth=1.5))
             style = {"ha": "center", "va": "top", "fontsize": 9, "zorder": 4}
             ax.text(x, y - 1.15 * radius, text, **style)
-        handles, labels = ax.get_legend_handles_labels()
-        for handle, label in zip(handles, labels, strict=True):
-            color = GROUPS.get(label, METHODS.get(label))
-            if color is None:
-                continue
-            # Bars are a container of artists. Of a histogram, only the first bar has the name, and
-            # the others are known by their color. A line is one artist.
-            artists = [handle]
-            if isinstance(handle, Container):
-                artists = list(handle)
-            elif isinstance(handle, Rectangle):
-                of_name = handle.get_facecolor()
-                artists = [patch for patch in ax.patches if patch.get_facecolor() == of_name]
-            for artist in artists:
-                artist.set_color(color)
-        if ax.get_legend() is not None:
-            ax.legend(handles, labels, loc="upper left", bbox_to_anchor=(1.01, 1))
-
-    # A legend of the whole figure is outside already, but it has the colors of before.
-    for legend in list(figure.legends):
-        legend.remove()
-        figure.legend(loc="outside right upper")
     return figure
 
 

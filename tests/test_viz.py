@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from matplotlib.colors import to_rgb
 
 import fastflow3d
 import viz
@@ -144,3 +145,56 @@ def test_a_side_view_has_x_to_the_right_z_up_and_the_height_of_the_grid():
     assert ax.collections[0].get_offsets().tolist() == [[1.0, 2.0]]
     band = ax.patches[0].get_window_extent().transformed(ax.transData.inverted())
     assert (round(band.y0, 6), round(band.y1, 6)) == (-3.0, 3.0)
+
+
+def test_a_legend_covers_no_data_and_has_each_name_once():
+    one = {"student": {"here": 0.2, "there": 0.1}, "teacher": {"here": 0.3, "there": 0.4}}
+    by_speed, by_distance = {}, {}
+    for label in viz.metrics.CLASSES:
+        for speed in ("below_0.5_mps", "0.5_to_2_mps", "above_2_mps"):
+            by_speed[f"grid_epe_{label}_{speed}"] = float("nan")
+    for group in ("fd", "fs", "bs"):
+        for inner in viz.metrics.RINGS_M:
+            by_distance[f"grid_epe_{group}_from_{inner}_m"] = 0.1
+    against_time = {"seconds_per_pair": 0.1, "paper_three_way": 0.1}
+    steps = [{"step": i, "loss": 0.1, "weight": "none" if i > 9 else "formula"} for i in range(20)]
+    score = {"step": 19, "paper_three_way": 0.1, "bucketed_dynamic_mean": 0.9}
+    law = {kind: {3: [0.1, 0.2]} for kind in ("student", "supervised", "better")}
+    levels = {"no-motion": 0.3, "teacher": 0.1, "better teacher": 0.05}
+    cloud = torch.rand(9, 3)
+
+    figures = [
+        viz.bars_figure(one, "error (m)"),
+        viz.histogram_figure({"moving": torch.rand(50)}, "x", (0, 1), {"mark": 0.5}),
+        viz.lines_figure({"student": ([0, 1], [0, 1])}, "x", "y"),
+        viz.error_by_speed_figure({"teacher": by_speed, "student": by_speed}),
+        viz.error_by_distance_figure({"teacher": by_distance, "student": by_distance}),
+        viz.error_against_time_figure({"student": against_time}),
+        viz.learning_curve_figure([*steps, score]),
+        viz.scaling_law_figure(law, levels),
+        viz.clouds_figure({"one": (cloud, cloud), "two": (cloud, cloud)}),
+        viz.pillars_figure(cloud, cloud, 0.2, (0, 2), (0, 1)),
+        viz.claim(viz.bars_figure(one, "error (m)"), "a claim"),
+    ]
+    for figure in figures:
+        viz.FigureCanvasAgg(figure).draw()
+        of_panels = [ax.get_legend() for ax in figure.axes if ax.get_legend() is not None]
+        legends = [*figure.legends, *of_panels]
+        assert legends
+        for legend in legends:
+            names = [text.get_text() for text in legend.get_texts()]
+            assert names and len(set(names)) == len(names)
+            box = legend.get_window_extent()
+            assert not any(box.overlaps(ax.get_window_extent()) for ax in figure.axes), names
+
+
+def test_a_method_has_the_same_color_in_every_figure():
+    bars = viz.bars_figure({"nearest": {"a": 1.0}, "student": {"a": 2.0}}, "error (m)")
+    drawn = [patch.get_facecolor()[:3] for patch in bars.axes[0].patches]
+    assert drawn == [to_rgb(viz.METHODS["nearest"]), to_rgb(viz.METHODS["student"])]
+    lines = viz.lines_figure({"student": ([0, 1], [0, 1])}, "x", "y").axes[0].lines
+    assert lines[0].get_color() == viz.METHODS["student"]
+
+    # Two methods share a color only if they are the same one under two names.
+    others = {name: color for name, color in viz.METHODS.items() if name != "fast"}
+    assert len(set(others.values())) == len(others)
