@@ -38,7 +38,8 @@ METHODS = {
     "nsfp": "tab:pink",
     "better teacher": "indigo",
     "student": "tab:green",
-    "student of the better teacher": "yellowgreen",
+    "student of the better teacher": "tab:olive",
+    "student, squared error": "yellowgreen",
     "supervised": "tab:cyan",
 }
 
@@ -1216,7 +1217,8 @@ def ablation_figure(
     """One dot per seed: a row per variant, and a panel per column, with the errors in meters.
 
     rows: variant -> column -> one error per seed. The first variant is the one to compare with; its
-    range over the seeds is shaded. marks: column -> error of no motion, drawn as a vertical line.
+    range over the seeds is shaded. A variant that METHODS does not name has the teacher's color.
+    marks: column -> error of no motion, drawn as a vertical line.
     """
     columns = list(next(iter(rows.values())))
     figure = Figure(figsize=(10, 0.9 + 0.4 * len(rows)), layout="constrained")
@@ -1224,16 +1226,16 @@ def ablation_figure(
     for ax, column in zip(axes, columns, strict=True):
         first = next(iter(rows.values()))[column]
         ax.axvspan(min(first), max(first), color="0.88", label="range of the first row")
-        for place, row in enumerate(rows.values()):
-            values = row[column]
-            ax.plot(values, [place] * len(values), "o", color="tab:purple", alpha=0.7, ms=5)
+        for place, (name, row) in enumerate(rows.items()):
+            values, color = row[column], _color_of(name) or METHODS["teacher"]
+            ax.plot(values, [place] * len(values), "o", color=color, alpha=0.7, ms=5)
             ax.plot(sum(values) / len(values), place, "|", color="black", ms=16)
         if marks and column in marks:
             ax.axvline(marks[column], color="0.4", linestyle="--", label="no motion")
         ax.set(xlabel=f"{column} (m)", yticks=range(len(rows)), yticklabels=list(rows))
         ax.set_xlim(0, None)
         ax.grid(axis="x", alpha=0.3)
-    axes[0].plot([], [], "o", color="tab:purple", label="one seed")
+    axes[0].plot([], [], "o", color="0.4", label="one seed")
     axes[0].plot([], [], "|", color="black", ms=16, label="mean of the seeds")
     axes[0].invert_yaxis()
     figure.suptitle(claim)
