@@ -1221,7 +1221,7 @@ def ablation_figure(
     marks: column -> error of no motion, drawn as a vertical line.
     """
     columns = list(next(iter(rows.values())))
-    figure = Figure(figsize=(10, 0.9 + 0.4 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(10, 1.2 + 0.4 * len(rows)), layout="constrained")
     axes = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
     for ax, column in zip(axes, columns, strict=True):
         first = next(iter(rows.values()))[column]
@@ -1234,10 +1234,11 @@ def ablation_figure(
             ax.axvline(marks[column], color="0.4", linestyle="--", label="no motion")
         ax.set(xlabel=f"{column} (m)", yticks=range(len(rows)), yticklabels=list(rows))
         ax.set_xlim(0, None)
+        ax.locator_params(axis="x", nbins=5)  # more numbers would run into each other
         ax.grid(axis="x", alpha=0.3)
     axes[0].plot([], [], "o", color="0.4", label="one seed")
     axes[0].plot([], [], "|", color="black", ms=16, label="mean of the seeds")
-    axes[0].invert_yaxis()
+    axes[0].set_ylim(len(rows) - 0.5, -0.5)  # the first row is at the top
     figure.suptitle(claim)
     handles, names = axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=len(names))

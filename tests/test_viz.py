@@ -194,6 +194,12 @@ def test_a_method_has_the_same_color_in_every_figure():
     assert drawn == [to_rgb(viz.METHODS["nearest"]), to_rgb(viz.METHODS["student"])]
     lines = viz.lines_figure({"student": ([0, 1], [0, 1])}, "x", "y").axes[0].lines
     assert lines[0].get_color() == viz.METHODS["student"]
+    errors = {"teacher": {"a": [1.0]}, "student": {"a": [2.0]}, "fewer steps": {"a": [3.0]}}
+    dots = [
+        line for line in viz.ablation_figure(errors, "claim").axes[0].lines if len(line.get_xdata())
+    ]
+    colors = [line.get_color() for line in dots if line.get_marker() == "o"]
+    assert colors == [viz.METHODS["teacher"], viz.METHODS["student"], viz.METHODS["teacher"]]
 
     # Two methods share a color only if they are the same one under two names.
     others = {name: color for name, color in viz.METHODS.items() if name != "fast"}
