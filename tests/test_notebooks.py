@@ -46,7 +46,8 @@ def test_every_link_between_notebooks_leads_somewhere(notebook):
     text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
     links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("http")]
     assert links
-    assert not [link for link in links if not (notebook.parent / link).exists()]
+    files = [link.split("#")[0] for link in links]
+    assert not [file for file in files if not (notebook.parent / file).exists()]
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
