@@ -901,7 +901,7 @@ def histogram_figure(
 
     marks: name -> x of a vertical line. log: a logarithmic scale of the counts.
     """
-    figure = Figure(figsize=(8.5, 3.5), layout="constrained")
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
     ax = figure.subplots()
 
     # Values beyond the limits are counted in the outermost bars, and the label tells the reader.
@@ -920,7 +920,7 @@ def histogram_figure(
 
 def bars_figure(rows: dict[str, dict[str, float]], ylabel: str, xlabel: str = "") -> Figure:
     """One group of bars per column, with one bar per row in it. rows: name -> column -> value."""
-    figure = Figure(figsize=(9.5, 3.5), layout="constrained")
+    figure = Figure(figsize=(8, 3.5), layout="constrained")
     ax = figure.subplots()
     columns = list(next(iter(rows.values())))
     width = 0.8 / len(rows)
@@ -934,7 +934,7 @@ def bars_figure(rows: dict[str, dict[str, float]], ylabel: str, xlabel: str = ""
     ax.grid(axis="y", alpha=0.3)
     ax.margins(y=0.12)  # room for the numbers on the bars
     if len(rows) > 1:
-        _legend_outside(figure, "right upper")
+        _legend_outside(figure, "lower center")
     return figure
 
 
@@ -1221,7 +1221,7 @@ def ablation_figure(
     marks: column -> error of no motion, drawn as a vertical line.
     """
     columns = list(next(iter(rows.values())))
-    figure = Figure(figsize=(10, 1.2 + 0.4 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(10, max(2.4, 0.9 + 0.4 * len(rows))), layout="constrained")
     axes = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
     for ax, column in zip(axes, columns, strict=True):
         first = next(iter(rows.values()))[column]
