@@ -325,11 +325,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--supervised", action="store_true", help=about)
     about = "weights: how many (default: the preset's)"
     parser.add_argument("--steps", type=int, help=about)
+    about = "weights: begin with those of this checkpoint (default: random ones)"
+    parser.add_argument("--init", help=about)
     parser.add_argument("--dtype", choices=train.DTYPES, default="float32", help="of the U-Net")
     given = parser.parse_args(argv)
     try:
         if given.command == "weights":
-            changes = {"supervised": given.supervised}
+            changes = {"supervised": given.supervised, "init": given.init}
             changes |= {} if given.steps is None else {"steps": given.steps}
             settings = train.resolve({"preset": "world", "data": ("world",), **changes})
             weights(settings, given.train_logs or WORLD_LOGS, given.out)
