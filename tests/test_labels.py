@@ -1287,7 +1287,7 @@ def test_a_sweep_that_is_not_whole_or_another_one_is_suspected(dense_street, str
     for wrong in (half, other):
         share = labels.share_without_partner(label, wrong)
         assert share > 0.25
-        text = f"{100 * share:.0f} % of the points have no partner within 1 m in sweep 1: is it"
+        text = f"{100 * share:.0f} % of the points have no partner within 1 m in sweep 1: is"
         assert labels.suspicion(label, wrong).startswith(text)
     nothing = torch.full_like(pair.pc1, torch.nan)
     assert labels.share_without_partner(label, dataclasses.replace(pair, pc1=nothing)) == 1

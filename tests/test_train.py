@@ -446,7 +446,7 @@ def test_a_broken_pair_is_replaced_and_counted_and_too_many_stop_the_run(tmp_pat
     )
     with pytest.raises(
         data.DataError,
-        match="1 of . pairs could not be read, more than --max-broken 0.005; mend the",
+        match="1 of . pairs could not be read, more than --max-broken 0.005; repair the",
     ):
         train.train(samples, dataclasses.replace(settings, max_broken=0.005))
     for key in street.pair_keys:
