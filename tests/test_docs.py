@@ -30,6 +30,7 @@ NOT_RUN = {
     "--masks": "needs the masks of the challenge",
     "--data scenes": "needs scenes in HDF5; tests/test_hdf5.py makes some",
     "results/latest": "needs the poses of KISS-ICP",
+    "other/": "makes streets at full size and learns from them for minutes",
     "experiments.py": "takes hours; tests/test_experiments.py runs it in small",
     "--preset fastflow3d": "the same command as the line above it, with another preset",
     "--view 3d --out drive.mp4": "needs the program ffmpeg; tests/test_look.py has a stand-in",
