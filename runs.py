@@ -247,7 +247,9 @@ class Reader:
             self.loaded = iter(loader)
         except OSError as error:  # memory, shared memory, or the number of processes allowed
             what = f"{loader.num_workers} workers cannot be started ({error})"
-            raise DataError(f"{what}; continue with --resume and fewer, or {_MORE_MEMORY}") from error
+            raise DataError(
+                f"{what}; continue with --resume and fewer, or {_MORE_MEMORY}"
+            ) from error
         self.workers = [each for each in multiprocessing.active_children() if each not in others]
 
         # When a worker dies, torch raises an error wherever this process happens to be, even in
