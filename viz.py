@@ -484,9 +484,7 @@ def side_view_figure(
         ax.plot(0, 0, marker=">", color="black", linestyle="", label="origin of the frame")
         ax.set(title=name, xlim=(-half_m, half_m), ylim=z_m, aspect="equal", ylabel="z, up (m)")
     axes[-1].set_xlabel("x, forward (m)")
-    # All panels have the same groups, so one legend is enough.
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    _legend_outside(figure, "lower center")
     figure.suptitle(title)
     return figure
 
@@ -509,18 +507,22 @@ def torn_sweep_figure(
         draw_points(whole, points, color, size=4.0)
         draw_points(near, points, color, size=30.0)
         near.scatter([], [], color=color, label=name)  # for the legend
-    x0, x1, y0, y1 = window
-    whole.plot([x0, x1, x1, x0, x0], [y0, y0, y1, y1, y0], color="black", linewidth=1)
     whole.plot(0, 0, marker=">", color="black")  # the ego, which looks to the right
     whole.set(title="the sweep, from above", xlim=(-26, 26), ylim=(-26, 26), aspect="equal")
-    near.set(title="the box enlarged", xlim=(x0, x1), ylim=(y0, y1), aspect="equal")
+    _enlarge(whole, near, window, "the box enlarged")
     near.add_patch(Circle(place[:2], place[2], fill=False, edgecolor="black", linewidth=1.5))
     for ax in (whole, near):
         ax.set(xlabel="x, forward (m)", ylabel="y, left (m)")
-    handles, labels = near.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    _legend_outside(figure, "lower center")
     figure.suptitle(title)
     return figure
+
+
+def _enlarge(whole: Axes, near: Axes, window: tuple, title: str) -> None:
+    """Draw a window (x from, x to, y from, y to) into a panel, and limit another panel to it."""
+    x0, x1, y0, y1 = window
+    whole.plot([x0, x1, x1, x0, x0], [y0, y0, y1, y1, y0], color="black", linewidth=1)
+    near.set(title=title, xlim=(x0, x1), ylim=(y0, y1), aspect="equal")
 
 
 def judged_figure(panels: dict[str, dict[str, float]], title: str) -> Figure:
@@ -573,9 +575,9 @@ def learning_curve_figure(lines: list[dict]) -> Figure:
         axes[1].plot(at, paper, marker="o", label="paper three-way (m)")
         axes[1].plot(at, bucketed, marker="s", label="bucketed, dynamic (1: no-motion)")
         axes[1].set(title="validation", xlabel="step", ylabel="error", ylim=(0, None))
-        axes[1].legend(**_BELOW)
     for ax in axes:
         ax.grid(alpha=0.3)
+        ax.legend(**_BELOW)
     return figure
 
 
@@ -639,7 +641,6 @@ def _draw_loss(ax: Axes, steps: list[dict]) -> None:
     if 0 < len(unweighted) < len(steps):
         ax.axvline(unweighted[0], color="0.4", linestyle=":", label="unweighted from here on")
     ax.set(title="distillation loss", xlabel="step", ylabel="loss (m)", ylim=(0, None))
-    ax.legend(**_BELOW)
 
 
 # A legend below a panel, where the panels of a figure have different legends.
@@ -1240,8 +1241,7 @@ def ablation_figure(
     axes[0].plot([], [], "|", color="black", ms=16, label="mean of the seeds")
     axes[0].set_ylim(len(rows) - 0.5, -0.5)  # the first row is at the top
     figure.suptitle(claim)
-    handles, names = axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=len(names))
+    _legend_outside(figure, "lower center")
     return figure
 
 
@@ -1331,13 +1331,9 @@ def compensation_figure(
         whole.set(xlabel="x, forward (m)", ylabel="y, left (m)")
 
         # Each window is a box in the large panel, under the same name.
-        for window, (x0, x1, y0, y1) in windows.items():
-            box = [x0, x1, x1, x0, x0], [y0, y0, y1, y1, y0]
-            whole.plot(*box, color="black", linewidth=1)
-            whole.text(x0, y1 + 0.5, window)
-            ax = axes[f"{name}/{window}"]
-            ax.set(title=window, xlim=(x0, x1), ylim=(y0, y1), aspect="equal")
-    handles, labels = axes[next(iter(panels))].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2)
+        for window, limits in windows.items():
+            _enlarge(whole, axes[f"{name}/{window}"], limits, window)
+            whole.text(limits[0], limits[3] + 0.5, window)
+    _legend_outside(figure, "lower center")
     figure.suptitle(title)
     return figure
